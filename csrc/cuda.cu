@@ -2,13 +2,14 @@
 // opsd_kernels/tiles/torch.py says what each function does.
 //
 // A thread block computes one chunk of a row (csrc/cuda_chunk.h) and stores its sums in partials; a
-// second kernel adds them to the row's state. There are no atomics, and chunks have a fixed size:
-// the result is bit for bit the same on any device.
+// second kernel adds them to the row's state; or a cluster of blocks computes a row at once
+// (csrc/cuda_rows.h). There are no atomics, and rows are divided by their length alone: each way's
+// results are bit for bit the same on any device.
 //
 // The tiles' pointers and strides are those of csrc/cpu.h, in device memory. `partials` has room
 // for opsd_cuda_partials(n, v) floats. Work is only queued, on `stream`; calls do not allocate or
 // wait, so that they can be captured in a CUDA graph. Returns 0 or a CUDA error.
-#include "cuda_chunk.h"
+#include "cuda_rows.h"
 
 #define OPSD_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -23,48 +24,25 @@ __global__ void __launch_bounds__(THREADS) normalisers(opsd_tile tile, Numbers o
   const Place place(tile.v, o);
   const float* row = teacher ? tile.teacher + place.row * tile.teacher_stride
                              : tile.student + place.row * tile.student_stride;
-  float z[ITEMS], most = -INFINITY;
+  float z[ITEMS], own = -INFINITY;
   load_unscaled<SOFTCAP>(z, row, teacher ? tile.teacher_bias : tile.bias, place, t);
 #pragma unroll
-  for (int i = 0; i < ITEMS; ++i) most = larger(most, __fmul_rn(z[i], t.scale));
+  for (int i = 0; i < ITEMS; ++i) own = larger(own, __fmul_rn(z[i], t.scale));
   __shared__ float warps[WARPS];
-  most = warp_max(most);
+  float most = warp_max(own);
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = most;
   __syncthreads();
 #pragma unroll
   for (int w = 0; w < WARPS; ++w) most = larger(most, warps[w]);
-  // If all are -inf, any finite offset works: exp(-inf) = 0.
-  const float offset = most == -INFINITY ? 0.f : most;
   float sums[3] = {};
-  int largest = 0;  // entries equal to the maximum, counted separately
-#pragma unroll
-  for (int i = 0; i < ITEMS; ++i) {
-    // exp(-120) is 0 in fp32, so this bound changes nothing and avoids 0 * inf.
-    const float below = at_least(fmaf(z[i], t.scale, -offset), -120.f), p = exp_(below);
-    const bool is_largest = __fmul_rn(z[i], t.scale) == most;
-    largest += is_largest;
-    z[i] = is_largest ? below : p;  // below is then the maximum's rounding: exp(below) - 1
-    sums[1] = fmaf(-p, below, sums[1]);
+  if (own == most) {
+    add_exponentials<true>(sums, z, t.scale, most);
+  } else {
+    add_exponentials<false>(sums, z, t.scale, most);
   }
-#pragma unroll
-  for (int i = 0; i < ITEMS; ++i) sums[0] += z[i];
-  sums[2] = static_cast<float>(largest);
   float* partial = o.partials + PARTIAL_NORMALISER * blockIdx.y * o.partial_stride + blockIdx.x;
   if (threadIdx.x == 0) partial[MAX] = most;
   store_sums(sums, partial + REST * o.partial_stride, o.partial_stride);
-}
-
-// Converts a normaliser's sums from the maximum `from`, with `largest` entries equal to it and
-// `rest` the sum of the others, to the larger maximum `to`. If nothing or only -inf was seen, all
-// are 0.
-__device__ __forceinline__ void refer(float from, float to, float& rest, float& moment,
-                                      float& largest) {
-  const float sum = from == -INFINITY ? rest = moment = largest = 0.f : largest + rest;
-  if (from == to || sum == 0.f) return;
-  const float shift = to - from, factor = expf(-shift);
-  moment = (moment + sum * shift) * factor;
-  rest = sum * factor;
-  largest = 0.f;
 }
 
 // Merges a row's partial normalisers into the state. Grid: (rows, roles), a warp each.
@@ -112,21 +90,17 @@ __global__ void add(float* state, int64_t state_stride, Numbers o) {
   if (threadIdx.x == 0) state[blockIdx.y * state_stride + blockIdx.x] += total;
 }
 
-// Both roles' entries, and the constants that convert them to log-probabilities.
+// Both roles' entries of a thread.
 template <bool SOFTCAP>
 struct Roles {
   float student[ITEMS], teacher[ITEMS];
-  Normaliser by_student, by_teacher;
-  float shift;  // log T - log S = (z_t - z_s) - shift
-  bool same_scale;
+  Normalisers by;
 
   __device__ __forceinline__ Roles(const opsd_tile& tile, const Place& place, const Numbers& o)
-      : by_student(tile.state + STUDENT * tile.state_stride, tile.state_stride, place.row,
-                   o.student),
-        by_teacher(tile.state + TEACHER * tile.state_stride, tile.state_stride, place.row,
-                   o.teacher),
-        shift((by_teacher.max - by_student.max) + (by_teacher.log_sum - by_student.log_sum)),
-        same_scale(o.student.scale == o.teacher.scale) {
+      : by(Normaliser(tile.state + STUDENT * tile.state_stride + place.row, tile.state_stride,
+                      o.student),
+           Normaliser(tile.state + TEACHER * tile.state_stride + place.row, tile.state_stride,
+                      o.teacher)) {
     load_unscaled<SOFTCAP>(student, tile.student + place.row * tile.student_stride, tile.bias,
                            place, o.student);
     load_unscaled<SOFTCAP>(teacher, tile.teacher + place.row * tile.teacher_stride,
@@ -135,9 +109,7 @@ struct Roles {
 
   template <int KIND>
   __device__ __forceinline__ Entry<float> at(int i, float beta) const {
-    const float log_s = by_student.log_p(student[i]), log_t = by_teacher.log_p(teacher[i]);
-    const float exact = fmaf(teacher[i] - student[i], by_student.scale, -shift);
-    return entry<KIND>(log_s, log_t, same_scale ? exact : log_t - log_s, beta);
+    return by.template entry<KIND>(student[i], teacher[i], beta);
   }
 };
 
@@ -149,14 +121,7 @@ __global__ void __launch_bounds__(THREADS) sums(opsd_tile tile, Numbers o) {
   float total[CLIP ? 5 : 2] = {};
 #pragma unroll
   for (int i = 0; i < ITEMS; ++i) {
-    const Entry<float> e = roles.template at<KIND>(i, o.beta);
-    total[0] += e.term;
-    total[1] += e.unnormalised;
-    if (CLIP) {
-      total[CLIP ? 2 : 0] += clipped_term<KIND>(e, o.threshold);
-      total[CLIP ? 3 : 0] += e.plain > o.threshold ? 1.f : 0.f;
-      total[CLIP ? 4 : 0] += clipped_unnormalised<KIND>(e, o.threshold);
-    }
+    add_entry<KIND, CLIP>(total, roles.template at<KIND>(i, o.beta), o.threshold);
   }
   store_sums(total, o.partials + blockIdx.x, o.partial_stride);
 }
@@ -229,7 +194,7 @@ __global__ void __launch_bounds__(THREADS)
     log_prob_gradient(opsd_tile tile, Out out, const int64_t* targets, const float* row_weight,
                       Numbers o) {
   const Place place(tile.v, o);
-  const Normaliser normaliser(tile.state, tile.state_stride, place.row, o.student);
+  const Normaliser normaliser(tile.state + place.row, tile.state_stride, o.student);
   const float weight = row_weight[place.row] * o.factor;
   const int64_t chosen = targets[place.row] - place.first;
   float z[ITEMS];
@@ -287,6 +252,7 @@ struct Launch {
 };
 
 typedef void sums_t(opsd_tile, Numbers);
+typedef void rows_t(opsd_tile, Out, const float*, float, int, Numbers);
 typedef void gradient_t(opsd_tile, Out, const float*, Numbers);
 
 template <int KIND>
@@ -307,13 +273,40 @@ gradient_t* choose_gradient(Known known, bool capped) {
   }
 }
 
+template <int KIND>
+rows_t* choose_rows(bool clip, bool capped) {
+  if (clip) return capped ? rows<KIND, true, true> : rows<KIND, true, false>;
+  return capped ? rows<KIND, false, true> : rows<KIND, false, false>;
+}
+
+// A launch of `rows`, a cluster for each of n rows.
+struct RowLaunch {
+  cudaLaunchAttribute cluster = {};
+  cudaLaunchConfig_t config = {};
+
+  RowLaunch(rows_t* kernel, int64_t n, const Parts& parts, cudaStream_t stream) {
+    const int bytes = static_cast<int>(parts.bytes);
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, parts.blocks > 8);
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = static_cast<unsigned>(parts.blocks);
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.gridDim = dim3(static_cast<unsigned>(n * parts.blocks));
+    config.blockDim = dim3(THREADS);
+    config.dynamicSmemBytes = bytes;
+    config.stream = stream;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+  }
+};
+
 }  // namespace
 }  // namespace opsd
 
 using namespace opsd;
 
 // Changes with every signature below; opsd_kernels/tiles/cuda.py has the same.
-#define OPSD_CUDA_INTERFACE 4
+#define OPSD_CUDA_INTERFACE 5
 
 // FUNCTION<KIND> for the options.
 #define OPSD_OF_KIND(FUNCTION, kind)                  \
@@ -376,6 +369,34 @@ OPSD_EXPORT int32_t opsd_cuda_gradient(const opsd_tile* tile, void* out, int64_t
   launch.chunkwise(choose(known, launch.capped()), 1, *tile, written, row_weight);
   if (known == CLIPPED_TOO) launch.add_partials(DOT, 1);
   if (known == NOTHING) launch.add_partials(DIVERGENCE, 2);
+  return cudaGetLastError();
+}
+
+// Whether opsd_cuda_rows can run on rows of v entries.
+OPSD_EXPORT int32_t opsd_cuda_row_fits(int64_t v, int32_t device) {
+  int supported = 0, clusters = 0;
+  cudaSetDevice(device);
+  cudaDeviceGetAttribute(&supported, cudaDevAttrClusterLaunch, device);
+  rows_t* kernel = rows<JSD, true, true>;
+  const RowLaunch launch(kernel, 1, Parts(v), nullptr);
+  if (supported) cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config);
+  cudaGetLastError();  // that a row does not fit is no error
+  return supported && clusters > 0;
+}
+
+OPSD_EXPORT int32_t opsd_cuda_rows(const opsd_tile* tile, void* out, int64_t out_stride,
+                                   int32_t out_type, const float* row_weight,
+                                   const opsd_options* options, int32_t device, void* stream) {
+  OPSD_BEGIN(tile, device)
+  const bool clip = options->clip == CLIP_ENTRY;
+  const bool capped = options->student.softcap > 0.f || options->teacher.softcap > 0.f;
+  auto* choose = OPSD_OF_KIND(choose_rows, kind_of(options->divergence, options->beta));
+  const Parts parts(tile->v);
+  const RowLaunch launch(choose(clip, capped), tile->n, parts, static_cast<cudaStream_t>(stream));
+  const float most = options->clip == CLIP_TOKEN ? options->clip_threshold : INFINITY;
+  cudaLaunchKernelEx(&launch.config, choose(clip, capped), *tile,
+                     Out{out, out_stride, static_cast<Type>(out_type)}, row_weight, most,
+                     static_cast<int>(parts.entries), numbers(*tile, *options, nullptr));
   return cudaGetLastError();
 }
 

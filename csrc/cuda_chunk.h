@@ -67,18 +67,57 @@ __device__ __forceinline__ float slope(float x, const Transform& t) {
   return SOFTCAP && t.capped ? 1.f - x * x : 1.f;
 }
 
+// An unscaled entry whose logit is -inf.
+__device__ __forceinline__ float nothing(const Transform& t) {
+  return t.scale < 0.f ? INFINITY : -INFINITY;
+}
+
 struct Normaliser {
   float max, log_sum, scale;
 
-  __device__ Normaliser(const float* state, int64_t stride, int64_t row, const Transform& t)
-      : max(state[MAX * stride + row]),
-        log_sum(log1pf(state[REST * stride + row])),
-        scale(t.scale) {}
+  __device__ Normaliser(float max, float log_sum, const Transform& t)
+      : max(max), log_sum(log_sum), scale(t.scale) {}
+  __device__ Normaliser(const float* state, int64_t stride, const Transform& t)
+      : max(state[MAX * stride]), log_sum(log1pf(state[REST * stride])), scale(t.scale) {}
 
   // The log-probability of an unscaled entry. The maximum is subtracted with one rounding, since a
   // logit may be 1e4.
   __device__ __forceinline__ float log_p(float x) const { return fmaf(x, scale, -max) - log_sum; }
 };
+
+struct Normalisers {
+  Normaliser student, teacher;
+  float shift;  // log T - log S = (z_t - z_s) - shift
+  bool same_scale;
+
+  __device__ Normalisers(const Normaliser& student, const Normaliser& teacher)
+      : student(student),
+        teacher(teacher),
+        shift((teacher.max - student.max) + (teacher.log_sum - student.log_sum)),
+        same_scale(student.scale == teacher.scale) {}
+
+  // The divergence's entry for unscaled entries of both.
+  template <int KIND>
+  __device__ __forceinline__ Entry<float> entry(float x, float x_t, float beta) const {
+    const float log_s = student.log_p(x), log_t = teacher.log_p(x_t);
+    const float exact = fmaf(x_t - x, student.scale, -shift);
+    return opsd::entry<KIND>(log_s, log_t, same_scale ? exact : log_t - log_s, beta);
+  }
+};
+
+// Adds an entry to DIVERGENCE, UNNORMALISED, and with the entry clip to CLIPPED, COUNT and
+// CLIPPED_UNNORMALISED.
+template <int KIND, bool CLIP>
+__device__ __forceinline__ void add_entry(float (&total)[CLIP ? 5 : 2], const Entry<float>& e,
+                                          float threshold) {
+  total[0] += e.term;
+  total[1] += e.unnormalised;
+  if (CLIP) {
+    total[CLIP ? 2 : 0] += clipped_term<KIND>(e, threshold);
+    total[CLIP ? 3 : 0] += e.plain > threshold ? 1.f : 0.f;
+    total[CLIP ? 4 : 0] += clipped_unnormalised<KIND>(e, threshold);
+  }
+}
 
 // A thread's place: its row, its first entry in the row's chunk, and the number of entries from
 // there on. Item i is `at(i)` entries further.
@@ -191,8 +230,7 @@ template <bool SOFTCAP>
 __device__ __forceinline__ void load_unscaled(float (&z)[ITEMS], const float* row,
                                               const float* bias, const Place& place,
                                               const Transform& t) {
-  const float nothing = t.scale < 0.f ? INFINITY : -INFINITY;
-  load(z, row, nothing, place);
+  load(z, row, nothing(t), place);
   if (bias) {
     float b[ITEMS];
     load(b, bias, 0.f, place);
@@ -201,7 +239,7 @@ __device__ __forceinline__ void load_unscaled(float (&z)[ITEMS], const float* ro
   }
   if (SOFTCAP && t.capped) {
 #pragma unroll
-    for (int i = 0; i < ITEMS; ++i) z[i] = place.has(i) ? unscaled<SOFTCAP>(z[i], t) : nothing;
+    for (int i = 0; i < ITEMS; ++i) z[i] = place.has(i) ? unscaled<SOFTCAP>(z[i], t) : nothing(t);
   }
 }
 
@@ -230,11 +268,43 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
-// Stores each of the block's `COUNT` sums at partial[k * stride].
+// Adds entries to a thread's sums of a normaliser, from the maximum `most` of the block: the sum
+// without the entries equal to it, the moment, and the number of those. LARGEST: whether there may
+// be one among the thread's.
+template <bool LARGEST, int COUNT>
+__device__ __forceinline__ void add_exponentials(float (&sums)[3], const float (&z)[COUNT],
+                                                 float scale, float most) {
+  // If all are -inf, any finite offset works: exp(-inf) = 0.
+  const float offset = most == -INFINITY ? 0.f : most;
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    // exp(-120) is 0 in fp32, so this bound changes nothing and avoids 0 * inf.
+    const float below = at_least(fmaf(z[i], scale, -offset), -120.f), p = exp_(below);
+    const bool is_largest = LARGEST && __fmul_rn(z[i], scale) == most;
+    // For the maximum `below` is its rounding: exp(below) - 1.
+    sums[0] += is_largest ? below : p;
+    sums[1] = fmaf(-p, below, sums[1]);
+    if (is_largest) sums[2] += 1.f;
+  }
+}
+
+// Converts a normaliser's sums from the maximum `from`, with `largest` entries equal to it and
+// `rest` the sum of the others, to the larger maximum `to`. If nothing or only -inf was seen, all
+// are 0.
+__device__ __forceinline__ void refer(float from, float to, float& rest, float& moment,
+                                      float& largest) {
+  const float sum = from == -INFINITY ? rest = moment = largest = 0.f : largest + rest;
+  if (from == to || sum == 0.f) return;
+  const float shift = to - from, factor = expf(-shift);
+  moment = (moment + sum * shift) * factor;
+  rest = sum * factor;
+  largest = 0.f;
+}
+
+// Stores each of the block's `COUNT` sums at partial[k * stride]; `warps` is shared memory.
 template <int COUNT>
-__device__ __forceinline__ void store_sums(const float (&sums)[COUNT], float* partial,
-                                           int64_t stride) {
-  __shared__ float warps[COUNT][WARPS];
+__device__ __forceinline__ void store_sums(const float (&sums)[COUNT], float (*warps)[WARPS],
+                                           float* partial, int64_t stride) {
 #pragma unroll
   for (int k = 0; k < COUNT; ++k) {
     const float total = warp_sum(sums[k]);
@@ -247,6 +317,13 @@ __device__ __forceinline__ void store_sums(const float (&sums)[COUNT], float* pa
     for (int w = 0; w < WARPS; ++w) total += warps[threadIdx.x][w];
     partial[threadIdx.x * stride] = total;
   }
+}
+
+template <int COUNT>
+__device__ __forceinline__ void store_sums(const float (&sums)[COUNT], float* partial,
+                                           int64_t stride) {
+  __shared__ float warps[COUNT][WARPS];
+  store_sums(sums, warps, partial, stride);
 }
 
 }  // namespace

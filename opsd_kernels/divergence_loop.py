@@ -86,7 +86,7 @@ def divergence_blocks(
         budget=budget,
         trains_head=want.weight,
     )
-    at_once = plan.one_pass and shards is None and hasattr(functions, "rows") and not apart
+    at_once = plan.one_pass and shards is None and not apart and row_fits(functions, student, heads)
     direct = direct and want.any and not at_once and (forward or not plan.one_pass)
     two_sums = direct and not forward
 
@@ -145,6 +145,11 @@ def divergence_blocks(
             stats[STUDENT_LOG_PROB : TEACHER_LOG_PROB + 1, rows] = found
     del buffer, narrow
     return stats, *gradients.results()
+
+
+def row_fits(functions, student: Tensor, heads: tuple[Head, Head]) -> bool:
+    """Whether the backend can compute whole rows at once."""
+    return hasattr(functions, "rows") and functions.row_fits(student.device, len(heads[0].weight))
 
 
 def add_normalisers_(

@@ -14,16 +14,18 @@ from pathlib import Path
 
 from opsd_kernels.plan import Cost, Plan, plan
 from opsd_kernels.sweep import FAST_ROWS, GPU_BUDGET
-from opsd_kernels.tiles.state import ROWS
+from opsd_kernels.tiles.state import ROWS as STATE
 
 CODE = Path(__file__).parents[2] / "docs" / "kernels-gpu.json"
-ITEMS = 16  # entries of a thread, csrc/cuda_chunk.h
+ITEMS, THREADS = 16, 256  # entries of a thread, threads of a block, csrc/cuda_chunk.h
+STEP, ROW_BYTES, BOARD, MOST_BLOCKS = 4 * THREADS, 98 << 10, 512, 16  # csrc/cuda_rows.h
 TILE = (128, 256)  # the part of a product's output that a thread block computes
 # The kernels of csrc/cuda.cu that a call of each divergence runs, by their names in SASS.
 NORMALISERS, SUMS = "normalisersILb0", "sumsILi{}ELb0ELb0"
 GRADIENT = "gradientILi{}ELNS0_5KnownE0ELb0"
 AT_ONCE = "gradientILi0ELNS0_5KnownE2ELb0"
-KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
+ROWS = "rowsILi{}ELb0ELb0"
+KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 3}  # jsd of beta 1/2
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,9 @@ class Gpu:
     issued: float = 0.7
     multiplied: float = 0.72
     gap: float = 3e-6  # seconds between two kernels of a stream
+    # Of the shorter of a row's two times, copying and computing. A multiprocessor has two blocks of
+    # `rows`, of which one copies while the other computes.
+    exposed: float = 0.25
 
 
 GPUS = (
@@ -61,14 +66,33 @@ class Call:
     frozen: bool = False
 
 
-def instructions() -> dict[str, float]:
+def instructions(vocabulary: int) -> dict[str, float]:
     """For each kernel the instructions an entry in the SASS for sm_90a, on the shortest path."""
     code = json.loads(CODE.read_text())["cuda_code"]
-    ways = {k["name"]: k["shortest_way"] / ITEMS for k in code if k["target"] == "sm_90a"}
+    kernels = {k["name"]: k for k in code if k["target"] == "sm_90a"}
     names = [NORMALISERS, AT_ONCE]
-    names += [name.format(kind) for name in (SUMS, GRADIENT) for kind in KINDS.values()]
-    return {n: next(v for k, v in ways.items() if k.startswith(n)) for n in names}
+    names += [n.format(kind) for n in (SUMS, GRADIENT, ROWS) for kind in KINDS.values()]
+    found = {n: next(v for k, v in kernels.items() if k.startswith(n)) for n in names}
+    own = vocabulary / blocks_of(vocabulary) / THREADS  # entries of a thread of `rows`
+    return {
+        name: k["looped"] / 4 + (k["shortest_way"] - k["looped"]) / own
+        if name.startswith("rows")
+        else k["shortest_way"] / ITEMS
+        for name, k in found.items()
+    }
 
+
+def blocks_of(vocabulary: int) -> int:
+    """The blocks of a row's cluster."""
+    blocks = 1
+    while 8 * max(vocabulary / blocks, STEP) + BOARD > ROW_BYTES and blocks < MOST_BLOCKS:
+        blocks *= 2
+    return blocks
+
+
+# What is done with a block's logits: everything in one visit; a kernel for each of normalisers, sums
+# and gradient; or that with gradients in fp32 over the logits, rounded by another pass, as earlier.
+ONE_VISIT, PASSES, EARLIER = "one visit", "passes", "earlier"
 
 # --- Times, in seconds ---
 
@@ -94,8 +118,8 @@ def stream(gpu: Gpu, entries: float, moved: float, issued: float) -> float:
 
 
 def passes(gpu: Gpu, entries: float, kind: str, written: int, cost: dict[str, float]) -> float:
-    """The normalisers of both roles, the sums if the gradient needs them first, and the
-    gradient.
+    """The normalisers of both roles, the sums if the gradient needs them first, and the gradient, a
+    kernel each.
     """
     time = stream(gpu, entries, 8, 2 * cost[NORMALISERS])
     if kind == "forward_kl":
@@ -104,10 +128,16 @@ def passes(gpu: Gpu, entries: float, kind: str, written: int, cost: dict[str, fl
     return time + stream(gpu, entries, 8 + written, cost[GRADIENT.format(KINDS[kind])])
 
 
+def one_visit(gpu: Gpu, entries: float, kind: str, cost: dict[str, float]) -> float:
+    """The same in one kernel, which reads the logits once."""
+    times = stream(gpu, entries, 10, 0), stream(gpu, entries, 0, cost[ROWS.format(KINDS[kind])])
+    return max(times) + gpu.exposed * min(times)
+
+
 def planned(call: Call, budget: int | None, grouped: bool = True) -> Plan:
     """The plan that `sweep.plan_call` makes for such a call."""
     v, d = call.vocabulary, call.width
-    cost = Cost(8, token=4 * ROWS, one_pass_token=4 * d, gradient=2, group_token=4 * d)
+    cost = Cost(8, token=4 * STATE, one_pass_token=4 * d, gradient=2, group_token=4 * d)
     grouped = grouped and not call.frozen
     if budget is None:
         budget = GPU_BUDGET
@@ -119,10 +149,8 @@ def planned(call: Call, budget: int | None, grouped: bool = True) -> Plan:
     return plan(call.tokens, v, cost, budget=budget, grouped=grouped, **fast)
 
 
-def fused(gpu: Gpu, call: Call, how: Plan, cost: dict[str, float], narrowed: bool = True) -> float:
-    """One call, forward and backward. Not `narrowed`: gradients are written in fp32 over the logits
-    and rounded by another pass, as earlier kernels did.
-    """
+def fused(gpu: Gpu, call: Call, how: Plan, cost: dict[str, float], way: str = ONE_VISIT) -> float:
+    """One call, forward and backward. `way`: see ONE_VISIT."""
     if not how.one_pass:
         return tiled(gpu, call, how, cost)
     v, d, time = call.vocabulary, call.width, 0.0
@@ -131,8 +159,11 @@ def fused(gpu: Gpu, call: Call, how: Plan, cost: dict[str, float], narrowed: boo
         for first in range(0, m, how.rows):
             n = min(how.rows, m - first)
             time += product(gpu, 2 * n, v, d, 4)
-            time += passes(gpu, n * v, call.kind, 2 if narrowed else 4, cost) + 8 * gpu.gap
-            if not narrowed:
+            if way == ONE_VISIT:
+                time += one_visit(gpu, n * v, call.kind, cost) + 3 * gpu.gap
+                continue
+            time += passes(gpu, n * v, call.kind, 4 if way == EARLIER else 2, cost) + 8 * gpu.gap
+            if way == EARLIER:
                 time += stream(gpu, n * v, 6, 4)
         time += product(gpu, m, d, v, 4, added=True) + gpu.gap
         if not call.frozen:
@@ -185,39 +216,41 @@ def measured(gpu: Gpu, rows: dict[str, dict]) -> Gpu:
 
 # --- Tables ---
 
-Planned = tuple[str, Call, int | None, bool]  # name, call, budget, with today's products
+Planned = tuple[str, Call, int | None, str]  # name, call, budget, way
 
 
 def ratios(gpus: tuple[Gpu, ...], calls: list[Planned]) -> list[str]:
     """Lines of a table: each call's time as a multiple of the bare products in one block."""
-    cost, lines = instructions(), []
-    for name, call, budget, new in calls:
-        how = planned(call, budget, grouped=new)
-        cells = [f"{fused(g, call, how, cost, new) / bare(g, call):.2f}" for g in gpus]
+    lines = []
+    for name, call, budget, way in calls:
+        how, cost = planned(call, budget, way != EARLIER), instructions(call.vocabulary)
+        cells = [f"{fused(g, call, how, cost, way) / bare(g, call):.2f}" for g in gpus]
         lines.append(f"| {name} | {how.rows} | {how.group} | {' | '.join(cells)} |")
     return lines
 
 
 def tables(gpus: tuple[Gpu, ...] = GPUS) -> str:
-    names, cost = " | ".join(g.name for g in gpus), instructions()
+    one = Call()
+    names, cost = " | ".join(g.name for g in gpus), instructions(one.vocabulary)
     head = f"| | n | m | {names} |\n| --- | --- | --- |{' --- |' * len(gpus)}"
     calls: list[Planned] = []
     for kind in KINDS:
         for frozen in (False, True):
             call = Call(kind=kind, frozen=frozen)
             title = f"{kind}, {'frozen' if frozen else 'trained'}"
-            calls.append((title, call, None, True))
-    one = Call()
-    many: list[Planned] = [("before: fp32 gradients, a level", one, GPU_BUDGET, False)]
-    many += [(f"{b} MiB", one, b * 2**20, True) for b in (64, 256, 512, 1024, 2048, 4096)]
-    many += [("default", one, None, True)]
-    many += [(f"64 MiB, {k}", Call(kind=k), 2**26, True) for k in KINDS if k != one.kind]
-    few: list[Planned] = [(f"{k}, N = 1024", Call(1024, kind=k), None, True) for k in KINDS]
+            calls.append((title, call, None, ONE_VISIT))
+    few: list[Planned] = [(f"{k}, N = 1024", Call(1024, kind=k), None, ONE_VISIT) for k in KINDS]
+    few += [(f"{k}, trained, by passes", Call(kind=k), None, PASSES) for k in KINDS]
+    many: list[Planned] = [("earlier: fp32 gradients, a level", one, GPU_BUDGET, EARLIER)]
+    many += [(f"{b} MiB", one, b * 2**20, ONE_VISIT) for b in (64, 256, 512, 1024, 2048, 4096)]
+    many += [("default", one, None, ONE_VISIT)]
+    many += [(f"64 MiB, {k}", Call(kind=k), 2**26, ONE_VISIT) for k in KINDS if k != one.kind]
     entries = [
         ("normalisers, both roles", 8, 2 * cost[NORMALISERS]),
         *((f"sums, {k}", 8, cost[SUMS.format(i)]) for k, i in KINDS.items()),
         *((f"gradient, {k}", 10, cost[GRADIENT.format(i)]) for k, i in KINDS.items()),
         ("gradient and sums at once, forward_kl", 10, cost[AT_ONCE]),
+        *((f"all in one visit, {k}", 10, cost[ROWS.format(i)]) for k, i in KINDS.items()),
     ]
     e = one.tokens * one.vocabulary
     each = [
@@ -253,7 +286,7 @@ def tables(gpus: tuple[Gpu, ...] = GPUS) -> str:
             head,
             *ratios(gpus, many),
             "\nMilliseconds of each pass over all N·V entries, the longer of its bytes' time and",
-            "its instructions' (SASS for sm_90a, shortest way):\n",
+            "its instructions' (SASS for sm_90a, shortest way; jsd of beta 1/2):\n",
             f"| | bytes an entry | instructions | {names} |",
             f"| --- | --- | --- |{' --- |' * len(gpus)}",
             *each,

@@ -106,6 +106,9 @@ def tile_functions(clock: Clock, name: str, rows: int, vocabulary: int, device: 
                 at_once = lambda: gradient(rule, state, out, False)  # noqa: B023, E731
                 clock(f"{name} gradient at once{ending}", at_once, read=(8 + written) * entries)
                 student.copy_(base[0])
+        if hasattr(functions, "rows") and functions.row_fits(student.device, vocabulary):
+            visit = lambda: functions.rows(*roles, rule, state, weight, low)  # noqa: B023, E731
+            clock(f"{name} one visit {kind}", visit, read=10 * entries)
     state, plain = states.new_log_prob(rows, student, torch.float32), LogitTransform()
     one = roles[0]
     clock(

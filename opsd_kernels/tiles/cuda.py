@@ -24,7 +24,7 @@ from opsd_kernels.tiles.c_interface import (
 from opsd_kernels.tiles.logits import Logits
 
 OLDEST_DEVICE = (8, 0)  # compute capability
-INTERFACE = 4  # OPSD_CUDA_INTERFACE of csrc/cuda.cu
+INTERFACE = 5  # OPSD_CUDA_INTERFACE of csrc/cuda.cu
 TYPES = (torch.float32, torch.bfloat16, torch.float16)  # opsd::Type of csrc/cuda_chunk.h
 TEMPORARIES = 8 / 4096  # each chunk's eight sums
 LIBRARY = find_library("libopsd_cuda.so")
@@ -77,6 +77,13 @@ def _library() -> ctypes.CDLL:
             *(address, ctypes.c_int32, address),  # partials, device, stream
         ]
         function.restype = ctypes.c_int32
+    library.opsd_cuda_rows.argtypes = [
+        *(ctypes.POINTER(Tile), *out, address, described),
+        *(ctypes.c_int32, address),  # device, stream
+    ]
+    library.opsd_cuda_rows.restype = ctypes.c_int32
+    library.opsd_cuda_row_fits.argtypes = [ctypes.c_int64, ctypes.c_int32]
+    library.opsd_cuda_row_fits.restype = ctypes.c_int32
     library.opsd_cuda_partials.argtypes = [ctypes.c_int64, ctypes.c_int64]
     library.opsd_cuda_partials.restype = ctypes.c_int64
     library.opsd_cuda_error.argtypes = [ctypes.c_int32]
@@ -85,14 +92,17 @@ def _library() -> ctypes.CDLL:
 
 
 def _call(name: str, shape: Tile, rule: Rule, state: Tensor, *arguments) -> None:
+    """Queue a function that has room for its chunks' sums."""
+    partials = state.new_empty(_library().opsd_cuda_partials(shape.n, shape.v))
+    _queue_call(name, state, shape, *arguments, options(rule), partials.data_ptr())
+
+
+def _queue_call(name: str, state: Tensor, *arguments) -> None:
     """Queue a function on the stream."""
     library, device = _library(), state.device
-    partials = state.new_empty(library.opsd_cuda_partials(shape.n, shape.v))
     # The library sets the device in its own copy of the CUDA runtime; set torch's to the same.
     with torch.cuda.device(device) if state.is_cuda else contextlib.nullcontext():
-        status = getattr(library, f"opsd_cuda_{name}")(
-            shape, *arguments, options(rule), partials.data_ptr(), *_queue(device)
-        )
+        status = getattr(library, f"opsd_cuda_{name}")(*arguments, *_queue(device))
     if status != 0:
         reason = library.opsd_cuda_error(status).decode()
         raise RuntimeError(
@@ -131,6 +141,26 @@ def gradient_(
     shape = tile(student, teacher, state)
     written = _written(student, out)
     _call("gradient", shape, rule, state, *written, _floats(row_weight), sums_known)
+
+
+@functools.cache
+def row_fits(device: torch.device, entries: int) -> bool:
+    """Whether `rows` can run: a row of both roles fits the shared memory of a cluster of blocks
+    (compute capability 9.0 or newer, and up to some 400 000 entries).
+    """
+    return bool(_library().opsd_cuda_row_fits(entries, _queue(device)[0]))
+
+
+def rows(
+    student: Logits,
+    teacher: Logits,
+    rule: Rule,
+    state: Tensor,
+    row_weight: Tensor | None,
+    out: Tensor | None = None,
+) -> None:
+    shape, written = tile(student, teacher, state), _written(student, out)
+    _queue_call("rows", state, shape, *written, _floats(row_weight), options(rule))
 
 
 def _written(logits: Logits, out: Tensor | None) -> tuple[int | None, int, int]:

@@ -42,9 +42,9 @@ log_prob_gradient_(logits, targets, transform, state, row_weight, out=None)
 A backend may also have
 
 rows(student, teacher, rule, state, row_weight, out=None)
-    normalisers (of a new state), sums and (row_weight not None, or an entry clip) gradient_ at
-    once, on tiles with whole rows, with the token clip applied to row_weight, and without
-    TARGET_WEIGHT. It may overwrite both tiles.
+    normalisers (unless the state has them), sums and (row_weight not None, or an entry clip)
+    gradient_ at once, on tiles with whole rows, with the token clip applied to row_weight. It may
+    overwrite both tiles. With row_fits(device, v): whether it can do so there.
 
 `TEMPORARIES` is the number of tensors of n v items that they allocate while they work
 (`LOG_PROB_TEMPORARIES` for the log_prob functions, if it exists); if there is a

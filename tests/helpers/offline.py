@@ -125,9 +125,10 @@ def resource_usage(binary: str) -> list[dict]:
 
 def instructions(library: str) -> list[dict]:
     """For every kernel in a library: the numbers of instructions, of branches and of loads of each
-    width in its code (SASS), and the number of instructions on its shortest path. That is the path
-    of a thread with all its entries, aligned, without bias, and with nothing to add up. Divided by
-    a thread's 16 entries it is the cost of an entry.
+    width in its code (SASS), and the number of instructions on its shortest path, and how many of
+    these are in loops. That is the path of a thread with all its entries, aligned, without bias,
+    and with nothing to add up. Divided by a thread's 16 entries it is the cost of an entry. `rows`
+    has loops, through each of which that path passes once, with four entries.
     """
     path = triton.knobs.nvidia.cuobjdump.path
     out = subprocess.run(
@@ -140,44 +141,81 @@ def instructions(library: str) -> list[dict]:
         elif match := re.search(r"Function : (\w+)", line):
             code_of.append([])
             name = re.sub(r".*_cuda_cu_[0-9a-f]{8}\d+", "", match[1])
-            counts = dict.fromkeys(("instructions", "branches", "loads_128", "loads_32"), 0)
+            kinds = ("instructions", "branches", "loads_128", "loads_32", "copies_128")
+            counts = dict.fromkeys(kinds, 0)
             found.append({"name": name, "target": target, **counts})
         elif match := re.search(SASS, line):
             code, kernel = match[3], found[-1]
             code_of[-1].append(match.groups())
             kernel["instructions"] += code != "NOP"
+            kernel["copies_128"] += code == COPY_128
             kernel["branches"] += code.split(".")[0] in ("BRA", "BRX")
             if code.startswith("LDG"):
                 kernel["loads_128" if ".128" in code else "loads_32"] += 1
     for kernel, code in zip(found, code_of, strict=True):
-        kernel["shortest_way"] = _shortest_way(code)
+        way = _shortest_way(code)
+        kernel["shortest_way"], kernel["looped"] = len(way), _looped(code, way)
     return found
 
 
 SASS = r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?([A-Z][\w.]*)([^;]*)"
 
 
-def _shortest_way(code: list[tuple[str, str | None, str, str]]) -> int:
-    """The number of instructions from the first of `code` (address, predicate, operation, operands)
-    to an exit.
+Code = list[tuple[str, str | None, str, str]]
+"""Address, predicate, operation and operands of each instruction."""
+
+
+def _shortest_way(code: Code) -> list[int]:
+    """The instructions from the first to an exit, as indices. It leads through the copies of 16
+    bytes to shared memory and the last store of a gradient's four entries, if there are any.
     """
-    place = {int(address, 16): k for k, (address, *_) in enumerate(code)}
-    known, queue = {0: 1}, [(1, 0)]
+    stops = [k for k, (_, _, operation, _) in enumerate(code) if operation == COPY_128]
+    stops += [k for k, (_, _, operation, _) in enumerate(code) if operation == STORE_64][-1:]
+    way = [0]
+    for stop in (*stops, None):
+        way += _way(code, way[-1], stop)[1:]
+    return way
+
+
+COPY_128, STORE_64 = "LDGSTS.E.BYPASS.128", "STG.E.64"
+
+
+def _way(code: Code, start: int, stop: int | None) -> list[int]:
+    """The shortest way to an instruction; None: to an exit."""
+    before, queue = {start: (1, None)}, [(1, start)]
     while queue:
         length, k = heapq.heappop(queue)
         _, predicate, operation, operands = code[k]
-        following = [k + 1]
-        if operation == "EXIT" and predicate is None:
-            return length
-        if operation.startswith("BRA"):
-            there = re.search(r"0x([0-9a-f]+)", operands)
-            conditional = predicate is not None or "P" in operands
-            following = following * conditional + [place[int(there[1], 16)]] * bool(there)
-        for k in following:
-            if k < len(code) and length + 1 < known.get(k, 2**62):
-                known[k] = length + 1
-                heapq.heappush(queue, (length + 1, k))
+        if k == stop or (stop is None and operation == "EXIT" and predicate is None):
+            way = [k]
+            while (previous := before[way[-1]][1]) is not None:
+                way.append(previous)
+            return way[::-1]
+        conditional = predicate is not None or "P" in operands
+        following = [k + 1] if conditional or not operation.startswith("BRA") else []
+        for following_k in (*following, *_target(code, k)):
+            if following_k < len(code) and length + 1 < before.get(following_k, (2**62,))[0]:
+                before[following_k] = (length + 1, k)
+                heapq.heappush(queue, (length + 1, following_k))
     raise ValueError("no exit")
+
+
+def _target(code: Code, k: int) -> tuple[int, ...]:
+    """Where a branch leads, as index."""
+    there = re.search(r"0x([0-9a-f]+)", code[k][3]) if code[k][2].startswith("BRA") else None
+    if there is None:
+        return ()
+    return tuple(i for i, (address, *_) in enumerate(code) if int(address, 16) == int(there[1], 16))
+
+
+def _looped(code: Code, way: list[int]) -> int:
+    """The instructions of `way` that a branch of it, which leads back, would repeat."""
+    repeated: set[int] = set()
+    for place, k in enumerate(way):
+        for target in _target(code, k):
+            if target <= k and target in way:
+                repeated.update(way[way.index(target) : place + 1])
+    return len(repeated)
 
 
 if __name__ == "__main__":

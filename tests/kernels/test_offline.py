@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,16 +20,19 @@ TARGETS = ("sm_80", "sm_90a", "sm_100", "sm_120")
 # Instructions an entry, of a thread that has all of its 16 (docs/gpu-cost.md counts on them), and
 # branches (without a soft cap, whose tanh has some).
 MOST_INSTRUCTIONS = {
-    "normalisers": 25,
+    "normalisers": 21,
     "log_prob_gradient": 19,
     "sumsILi0ELb0": 43,
     "sumsILi1ELb0": 44,
     "sumsILi2ELb0": 92,
-    "gradientILi0ELNS0_5KnownE0": 24,
-    "gradientILi1ELNS0_5KnownE0": 30,
-    "gradientILi2ELNS0_5KnownE0": 65,
-    "gradientILi0ELNS0_5KnownE2": 45,
+    "sumsILi3ELb0": 55,
+    "gradientILi0ELNS0_5KnownE0": 26,
+    "gradientILi1ELNS0_5KnownE0": 32,
+    "gradientILi2ELNS0_5KnownE0": 67,
+    "gradientILi3ELNS0_5KnownE0": 54,
+    "gradientILi0ELNS0_5KnownE2": 47,
 }
+MOST_LOOPED = {0: 64, 1: 64, 2: 115, 3: 79}  # of `rows` without the entry clip, by kind
 MOST_BRANCHES = 40
 PUBLISHED = Path(__file__).parents[2] / "docs" / "kernels-gpu.json"
 OFFLINE = Path(__file__).parents[1] / "helpers" / "offline.py"
@@ -101,6 +105,25 @@ def test_cuda_loads_16_bytes_at_a_time(report):
             assert kernel["branches"] <= MOST_BRANCHES, kernel
             assert kernel["shortest_way"] / 16 <= MOST_INSTRUCTIONS[name], kernel
     assert seen == {(name, target) for name in MOST_INSTRUCTIONS for target in TARGETS}
+
+
+def test_cuda_computes_a_row_at_once(report):
+    """Its loops, each of four entries at a time; nothing on sm_80, which has no clusters."""
+    if not cuda.LIBRARY.exists():
+        return
+    seen = 0
+    for kernel in report["cuda_code"]:
+        if not kernel["name"].startswith("rows"):
+            continue
+        if kernel["target"] == "sm_80":
+            assert kernel["instructions"] < 10, kernel
+            continue
+        kind, clip, softcap = re.match(r"rowsILi(\d)ELb(\d)ELb(\d)", kernel["name"]).groups()
+        if clip == softcap == "0":
+            seen += 1
+            assert kernel["looped"] / 4 <= MOST_LOOPED[int(kind)], kernel
+            assert kernel["copies_128"] == 2, kernel
+    assert seen == len(MOST_LOOPED) * (len(TARGETS) - 1)
 
 
 def test_the_published_counts_are_the_sources(report):

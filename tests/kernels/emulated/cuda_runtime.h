@@ -1,6 +1,7 @@
 // As much of CUDA as csrc/cuda.cu uses, on the CPU: the kernels' sources run, and are tested, where
-// there is no GPU. A block's threads are coroutines that take turns; a barrier passes the turn on
-// until all have arrived. Blocks follow one another. Nothing is said about speed, or about the
+// there is no GPU. The threads of a block, or of a cluster of blocks, are coroutines that take turns;
+// a barrier passes the turn on until all have arrived. Clusters follow one another, and a block's
+// `__shared__` variables are static: kernels for clusters use `shared()`. Nothing is said about speed, or about the
 // rounding of what a GPU has in hardware (exp, log, division). What allocates, copies or waits is not
 // here: a call that did so could not be captured in a graph, and does not compile.
 #pragma once
@@ -19,7 +20,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __shared__ static
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 struct dim3 {
   unsigned x, y, z;
@@ -41,7 +42,8 @@ inline dim3 blockIdx, blockDim, threadIdx;
 
 namespace emulated {
 
-constexpr size_t STACK = 256 << 10;
+constexpr size_t STACK = 64 << 10;
+constexpr unsigned MOST_BLOCKS = 16, MOST_WARPS = MOST_BLOCKS * 32;
 
 struct Barrier {
   unsigned arrived = 0, generation = 0;
@@ -57,8 +59,13 @@ inline std::vector<Thread> threads;
 inline unsigned current;
 inline ucontext_t scheduler;
 inline std::function<void()> body;
-inline Barrier block_barrier, warp_barrier[32];
-inline float exchange[1024];
+inline Barrier cluster_barrier, block_barrier[MOST_BLOCKS], warp_barrier[MOST_WARPS];
+inline float exchange[32 * MOST_WARPS];
+inline unsigned blocks;  // of a cluster
+inline std::vector<std::vector<char>> memory(MOST_BLOCKS);
+
+inline void* shared_of(unsigned rank) { return memory[rank].data(); }
+inline void* shared() { return shared_of(blockIdx.x % blocks); }
 
 inline void yield() { swapcontext(&threads[current].context, &scheduler); }
 
@@ -78,7 +85,9 @@ inline void run_thread() {
   yield();
 }
 
-inline void run_block(unsigned count) {
+// Runs the blocks from (x, y) on.
+inline void run_cluster(unsigned x, unsigned y) {
+  const unsigned count = blocks * blockDim.x;
   if (threads.size() < count) threads.resize(count);
   for (unsigned i = 0; i < count; ++i) {
     Thread& thread = threads[i];
@@ -91,7 +100,8 @@ inline void run_block(unsigned count) {
   for (unsigned left = count; left > 0;) {
     for (current = 0; current < count; ++current) {
       if (threads[current].done) continue;
-      threadIdx = dim3(current, 0, 0);
+      blockIdx = dim3(x + current / blockDim.x, y);
+      threadIdx = dim3(current % blockDim.x);
       swapcontext(&scheduler, &threads[current].context);
       left -= threads[current].done;
     }
@@ -100,7 +110,9 @@ inline void run_block(unsigned count) {
 
 }  // namespace emulated
 
-inline void __syncthreads() { emulated::wait(emulated::block_barrier, blockDim.x); }
+inline void __syncthreads() {
+  emulated::wait(emulated::block_barrier[emulated::current / blockDim.x], blockDim.x);
+}
 
 inline float __shfl_xor_sync(unsigned, float x, int mask) {
   const unsigned self = emulated::current;
@@ -120,9 +132,25 @@ inline float __logf(float x) { return logf(x); }
 typedef void* cudaStream_t;
 typedef int cudaError_t;
 
+enum { cudaLaunchAttributeClusterDimension, cudaDevAttrClusterLaunch };
+enum {
+  cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaFuncAttributeNonPortableClusterSizeAllowed
+};
+
+struct cudaLaunchAttribute {
+  int id;
+  struct {
+    dim3 clusterDim;
+  } val;
+};
+
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
   cudaStream_t stream;
+  const cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
 
 namespace emulated {
@@ -149,21 +177,33 @@ extern "C" __attribute__((visibility("default"), used)) inline int emulated_laun
   return count;
 }
 
-template <class... Parameters>
+template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
-                               Parameters... parameters) {
+                               const Arguments&... arguments) {
   emulated::launched.push_back({emulated::device, config->stream});
-  emulated::body = [=] { kernel(parameters...); };
+  emulated::body = [=] { kernel(arguments...); };
   ::blockDim = config->blockDim;
+  emulated::blocks = config->numAttrs ? config->attrs->val.clusterDim.x : 1;
+  for (auto& memory : emulated::memory) memory.assign(config->dynamicSmemBytes, 0x7f);
   for (unsigned y = 0; y < config->gridDim.y; ++y) {
-    for (unsigned x = 0; x < config->gridDim.x; ++x) {
-      ::blockIdx = dim3(x, y);
-      emulated::run_block(config->blockDim.x);
-    }
+    for (unsigned x = 0; x < config->gridDim.x; x += emulated::blocks) emulated::run_cluster(x, y);
   }
   return 0;
 }
 
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, int, int) {
+  return 0;
+}
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* count, Kernel*, const cudaLaunchConfig_t*) {
+  *count = 1;
+  return 0;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
+  *value = 1;
+  return 0;
+}
 inline cudaError_t cudaDriverGetVersion(int*) { return 0; }
 inline cudaError_t cudaRuntimeGetVersion(int*) { return 0; }
 inline cudaError_t cudaSetDevice(int device) {
