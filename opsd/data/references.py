@@ -33,6 +33,8 @@ def final_answer(text: str) -> str:
         raise Unreadable("names no final answer")
     if answer[0] == "{" and FORM.dictionary.match(answer):
         raise Unreadable("is an object in a string: data.columns.answer can name its entry")
+    if len(answer) < 1000 and (part := FORM.markup.search(answer)):
+        raise Unreadable(f"holds {part[0]!r}, which no answer would: write it bare")
     if len(answer) > MOST_CHARACTERS:
         raise Unreadable(f"is longer than {MOST_CHARACTERS} characters")
     if problem := unreadable(answer):

@@ -91,6 +91,15 @@ REFUSED = [
     ("\\ldots", "no final answer"),
     ("<image>", "no final answer"),
     ('{"answer": "34"}', "object in a string"),
+    ("5<|im_end|>", "holds"),  # decoded with its special tokens
+    ("#### 5</s>", "holds"),
+    ("5</answer>", "holds"),
+    ("<think>2 + 3</think>5", "holds"),
+    ("```\n5\n```", "holds"),
+    ("<b>5</b>", "holds"),
+    ("&minus;5", "holds"),
+    ("array(['5'], dtype=object)", "holds"),
+    ("np.float64(5.0)", "holds"),
     ("Let x = 17. Then 2x = 34.", "prose"),
     ("7" * (MOST_CHARACTERS + 1), "longer than"),
 ]
