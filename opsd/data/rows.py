@@ -45,6 +45,7 @@ COLUMNS = ("problem", "solution", "answer")
 NO_TEXT = ("image", "images", "video", "videos", "audio", "audios")
 """Columns without which a problem is incomplete; prompts show only the images of columns.images."""
 
+MISSING = ("nan", "<na>", "null")  # as pandas writes it
 OF_TEMPLATE = ("tools", "documents", "chat_template_kwargs")
 """A chat's columns that other trainers give to its chat template."""
 
@@ -334,6 +335,8 @@ class _Reader:
             value = _answer_as_text(value, self.table)
         elif name == "solution" and isinstance(value, list):
             value = last_answer(value) or (value[0] if len(value) == 1 else value)
+        if name != "answer" and str(value).strip().casefold() in (*MISSING, "none"):
+            value = None
         if not found and (required or (name in self.mapped and number == 1)):
             raise IncompleteRowError(self._missing(name, record, number))
         text = isinstance(value, str) and value.strip() != ""
@@ -400,7 +403,7 @@ def _answer_as_text(value: Any, table: bool) -> Any:
         texts = [_answer_as_text(one, table) for one in value]
         return ", ".join(texts) if all(isinstance(text, str) for text in texts) else value
     if isinstance(value, str):
-        if value.strip().casefold() in ("nan", "<na>", "null"):
+        if value.strip().casefold() in MISSING:
             return None
         return value[:-2] if table and re.fullmatch(r"[-+]?\d+\.0", value) else value
     if isinstance(value, float) and math.isfinite(value):

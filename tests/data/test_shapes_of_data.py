@@ -203,6 +203,13 @@ def test_what_is_no_number_is_no_answer(value):
         load_rows([{"problem": "?", "answer": value}], require=["answer"])
 
 
+@pytest.mark.parametrize("column", ["problem", "solution"])
+@pytest.mark.parametrize("value", ["nan", "None", " <NA>", "NULL"])
+def test_a_missing_text_that_pandas_wrote_is_missing(column, value):
+    with pytest.raises(UserError, match=f"row 1 of .* no text in column '{column}'.*it is empty"):
+        load_rows([{**RECORDS[0], column: value}])
+
+
 def test_incomplete_rows_are_an_error_or_counted():
     holes = [
         RECORDS[0],
