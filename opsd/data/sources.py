@@ -20,6 +20,7 @@ from opsd.data.files import FILE_TYPES, file_type, read_file
 REASONING_GYM = "reasoning_gym:"
 DEFAULT_DRAW = 1000
 IMAGE_ROWS = 16  # that are read at once
+_OWN = {".jsonl", ".csv", ".parquet"}  # of a directory `datasets` reads the commonest kind alone
 _HUB_OPTIONS = ("name", "revision")
 CHOOSE = "choose one with options: {name: …}"
 _ELSEWHERE = re.compile(r"^/|^\w[\w+.-]*:\S|://|::")  # `file:a` is a path too
@@ -115,8 +116,7 @@ def encoded(data: Iterable[Any]) -> Iterable[Any]:
 
 
 def part_of(parts: Mapping[str, Any], split: str, section: str) -> Any:
-    """One of a DatasetDict's splits, or what `datasets` calls so: `train[:10%]`, `train+test`.
-    Raises UserError."""
+    """A DatasetDict's split, also `train[:10%]` or `train+test`. Raises UserError."""
     if split in parts:
         return parts[split]
     import datasets
@@ -181,7 +181,12 @@ def _saved_directory(
     shards = files if not any((path / mark).exists() for mark in marks) else []
     try:
         if shards:  # data files: `datasets` assigns them to splits
-            _check_inside(_card(path))
+            _check_inside(card := _card(path))
+            if not any(card) and len(kinds := {file_type(file) for file in shards} & _OWN) > 1:
+                raise UserError(
+                    f"{section}.source: the directory {str(path)!r} has "
+                    f"{' and '.join(sorted(kinds))} files, and one kind would be read: name them"
+                )
             return encoded(datasets.load_dataset(str(path), name, split=split or default))
         check_names(f"{section}.options", [] if name is None else ["name"], ())
         lists = (path / "dataset_dict.json", path / "state.json", *path.glob("*/state.json"))

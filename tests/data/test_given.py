@@ -31,6 +31,19 @@ def test_a_directory_of_shards_is_a_source(type, tmp_path, monkeypatch):
         load_rows(str(folder), split="dev")
 
 
+def test_a_directory_of_several_kinds_of_files_is_refused(tmp_path, monkeypatch):
+    """`datasets` would read the commonest kind and leave out the others without a word."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "data").mkdir()
+    pd.DataFrame(RECORDS).to_json(tmp_path / "data" / "a.jsonl", orient="records", lines=True)
+    pd.DataFrame(RECORDS).to_csv(tmp_path / "data" / "b.csv", index=False)
+    with pytest.raises(UserError, match=r"has \.csv and \.jsonl files, and one kind"):
+        load_rows(str(tmp_path / "data"))
+    card = "---\nconfigs:\n- config_name: default\n  data_files: a.jsonl\n---\n"
+    (tmp_path / "data" / "README.md").write_text(card)
+    assert [row.texts for row in load_rows(str(tmp_path / "data"))] == RECORDS
+
+
 @pytest.mark.parametrize(
     "names",
     [
