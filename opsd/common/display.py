@@ -95,8 +95,8 @@ class Stage:
         if not self.total or done <= 0:
             return None
         per_unit = (self._reported - since) / done
-        left = max(self.total - self.completed, 0) * per_unit
-        return max(left - (time.monotonic() - self._reported), 0.0)
+        left = (self.total - self.completed) * per_unit - (time.monotonic() - self._reported)
+        return max(left, 0.0) if left > 0 or self.completed >= self.total else None
 
     def progress(self) -> str:
         """Units done and the total: "12/24", "41 MB of 93 MB"; empty when nothing is counted."""
