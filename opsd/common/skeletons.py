@@ -144,8 +144,7 @@ class Skeletons:
         return found is not None and self._follow(*found, _longest(found[1])) is None
 
     def learn(self, value: Any, text: str, reply: str) -> None:
-        """Take in what a worker says of this new value, of which the template made this text; "":
-        it said nothing."""
+        """Take in a worker's reply ("": none) on this new value, which the template made `text`."""
         self._learnt += 1
         said = json.loads(reply) if reply else {"tests": [], "pieces": None}
         shape, holes = self._shape(value) or ((), [])

@@ -149,8 +149,7 @@ class Workers:
         _kill_all(self.pool)
 
     def answers(self, jobs: Sequence[bytes | memoryview]) -> list[bytes | Ended]:
-        """Returns the answer to each job, in order; the workers run in parallel. Raises UserError
-        if they do not start."""
+        """The answers to the jobs, in order, by workers in parallel; UserError if none starts."""
         with self._lock:
             self._idle = [one for one in self.pool if one.process.poll() is None]
             for died in set(self.pool) - set(self._idle):  # while idle, so no job failed

@@ -241,8 +241,7 @@ class ChatTemplate:
         return begun.removeprefix(prompt) if begun.startswith(prompt) else ""
 
     def _target(self, whole: str, context: str, text: str) -> str:
-        """The text after `context` in the whole chat: the answer as the template writes it, and the
-        end of the turn."""
+        """The text after `context` in the whole chat: the answer as written, and the turn's end."""
         end = self.turn_end[0]
         thought, rest = map(str.strip, thoughts.split_thought(text))
         before = thoughts.without_closed_thought(context)

@@ -152,8 +152,7 @@ def load_model(
 def made_ready(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str
 ) -> PreTrainedModel:
-    """Prepare a loaded or given model for training, in place. Raises UserError for a model that
-    cannot be trained here."""
+    """Prepare a loaded or given model for training, in place. Raises UserError if it cannot be."""
     if model.get_output_embeddings() is None:
         raise UserError(f"{where}: {type(model).__name__} has no output head, which makes logits")
     ends = model.get_input_embeddings().weight, model.get_output_embeddings().weight

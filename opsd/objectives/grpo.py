@@ -36,8 +36,7 @@ from opsd.objectives.policy_gradient import k3, surrogate, teacher_credit
 
 
 class GRPO(Objective):
-    """Policy gradient with the group's rewards, optionally with opsd's divergence
-    (`loss.distil`)."""
+    """Policy gradient with the group's rewards, with `loss.distil` also opsd's divergence."""
 
     def __init__(self, section: LossSection, *what: Any, **more: Any):
         super().__init__(section, *what, **more)

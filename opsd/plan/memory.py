@@ -140,8 +140,7 @@ class Planner:
         return max(batches, key=_tokens)
 
     def _teacher(self, config: Config, dtype: torch.dtype) -> int:
-        """Bytes of the teacher's weights. A method without a teacher still loads one if the report
-        shows completions."""
+        """Bytes of the teacher's weights. Any method loads one if the report shows completions."""
         scores = scores_by_teacher(config)
         if not scores and not (config.eval.problems and config.eval.samples):
             return 0

@@ -8,8 +8,7 @@ from opsd.config.config import Config
 from opsd.objectives import Totals
 
 MAY_DIFFER, ENGINES_DIFFER = 0.02, 0.2
-"""Mean nats a token over a step: more than the first is unusual for rounding; more than the second
-is not rounding."""
+"""Mean nats a token over a step: the first is unusual for rounding, the second is not rounding."""
 
 
 @dataclass

@@ -298,8 +298,7 @@ class Run:
 
     def _own_base(self) -> Path | None:
         """The directory in which the run saves its base model, or None. Only a base that exists in
-        no directory is saved, such as an adapter merged into its model: peft cannot load an adapter
-        on an adapter."""
+        no directory is saved, as of a merged adapter: peft loads no adapter on an adapter."""
         config = self.config
         if config.model.lora is None or not getattr(self.model, "in_no_directory", False):
             return None
