@@ -203,7 +203,7 @@ setup(
         Extension(
             CUDA,
             sources=["csrc/cuda.cu"],
-            depends=["csrc/cpu.h", "csrc/cuda_chunk.h", "csrc/divergence.h"],
+            depends=[f"csrc/{x}.h" for x in ("cpu", "cuda_chunk", "cuda_rows", "divergence")],
         ),
     ],
     cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
