@@ -90,8 +90,8 @@ def blocks_of(vocabulary: int) -> int:
     return blocks
 
 
-# What is done with a block's logits: everything in one visit; a kernel for each of normalisers, sums
-# and gradient; or that with gradients in fp32 over the logits, rounded by another pass, as earlier.
+# What is done with a block's logits: everything in one visit; a kernel for each of normalisers,
+# sums and gradient; or that with gradients in fp32 over the logits, rounded by another pass.
 ONE_VISIT, PASSES, EARLIER = "one visit", "passes", "earlier"
 
 # --- Times, in seconds ---

@@ -45,9 +45,8 @@ PASSES = {
 
 def _passes_to_visit(backend: str, kind: str) -> Callable[[Rows], float]:
     """The time of a backend's passes, as a multiple of that of cuda's one visit."""
-    return lambda rows: (
-        sum(rows[f"{backend} {n}"]["ms"] for n in PASSES[kind]) / rows[f"cuda one visit {kind}"]["ms"]
-    )
+    visit = f"cuda one visit {kind}"
+    return lambda rows: sum(rows[f"{backend} {n}"]["ms"] for n in PASSES[kind]) / rows[visit]["ms"]
 
 
 RULES = (
@@ -81,8 +80,8 @@ RULES = (
             f"one visit for {kind}: the time of cuda's passes ÷ its",
             _passes_to_visit("cuda", kind),
             1.1,
-            "see ncu: of copies (cp.async.bulk) or barriers (fewer sums) in csrc/cuda_rows.h; below "
-            "1, row_fits in opsd_kernels/tiles/cuda.py says no",
+            "ncu: copies (cp.async.bulk) or barriers (fewer sums) in csrc/cuda_rows.h; below 1, "
+            "row_fits in opsd_kernels/tiles/cuda.py says no",
         )
         for kind in PASSES
     ),

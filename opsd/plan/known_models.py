@@ -53,7 +53,8 @@ def known_window(section: ModelSection) -> int | None:
         config = known_config(section.path, where)
     text = config.get("text_config")
     found = (text if isinstance(text, dict) else config).get("max_position_embeddings")
-    return found if type(found) is int and found > 0 else None
+    own = "auto_map" in config  # the model's code says what its fields mean
+    return found if type(found) is int and found > 0 and not own else None
 
 
 def check_window(prompt: int, solution: int, rollout: int, window: int | None) -> None:

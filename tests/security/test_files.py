@@ -105,7 +105,7 @@ def test_nothing_is_written_through_links(train, tmp_path, capsys):
         if content is not None:
             (own / name).write_bytes(content)
     before = {path: path.read_bytes() for path in own.rglob("*") if path.is_file()}
-    for name in ("problems.json", "metrics.jsonl", "rollouts.jsonl"):
+    for name in ("metrics.jsonl", "problems.json", "rollouts.jsonl"):  # as they are read
         assert train("--resume") == 1
         refused(capsys, f"{name}' is a link, which is not followed")
         (run / name).unlink()
