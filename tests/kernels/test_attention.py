@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from helpers.processor import instruction_sets, using
 from torch import nn
 
 from opsd_kernels import attention
-from opsd_kernels.tiles import cpp
 
 # Batch, groups, rows of a group, tokens, widths of a key and of a value, padding before.
 SHAPES = [
@@ -18,16 +18,12 @@ SHAPES = [
     (1, 1, 5, 5000, 128, 64, True),
     (1, 2, 1, 257, 512, 512, True),
 ]
-SETS = ["avx512", "avx2", "baseline"]
 
 
-@pytest.fixture(params=SETS)
+@pytest.fixture(params=instruction_sets("avx512", "avx2", "baseline"))
 def instruction_set(request):
-    best = cpp.instruction_set()
-    if not cpp._library().opsd_use_instruction_set(request.param.encode()):
-        pytest.skip("not on this processor")
-    yield request.param
-    cpp._library().opsd_use_instruction_set(best.encode())
+    with using(request.param):
+        yield request.param
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from helpers.kernel_cases import KINDS, check, make
+from helpers.processor import instruction_sets, using
 
 import opsd_kernels
 from benchmarks import machine
@@ -21,6 +22,7 @@ CPU = torch.device("cpu")
 def test_the_library_is_built():
     """Everything below would otherwise test torch twice."""
     assert opsd_kernels.backends()["cpp"] is None
+    assert instruction_sets("baseline") == ["baseline"]
     assert resolve.resolve("auto", CPU, torch.float32) == "cpp"
     assert resolve.resolve("auto", CPU, torch.float64) == "torch"
 
@@ -91,14 +93,10 @@ def test_a_library_of_other_sources(monkeypatch):
         cpp._library.cache_clear()
 
 
-@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("name", instruction_sets("baseline", "avx2", "avx512"))
 @pytest.mark.parametrize("divergence", KINDS)
 def test_every_instruction_set(name, divergence):
-    best = cpp.instruction_set()
-    if not cpp._library().opsd_use_instruction_set(name.encode()):
-        assert name != "baseline"  # which runs everywhere
-        return
-    try:
+    with using(name):
         assert cpp.instruction_set() == name
         for clip in (None, Clip("entry", 0.02), Clip("token", 0.3)):
             for softcap in (None, 5.0):
@@ -112,8 +110,6 @@ def test_every_instruction_set(name, divergence):
                     transform=LogitTransform(0.8, 1.1, softcap),
                 )
                 check(case, torch.float32, "cpp")
-    finally:
-        cpp._library().opsd_use_instruction_set(best.encode())
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

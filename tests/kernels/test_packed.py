@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from helpers.processor import instruction_sets, using
 from torch import nn
 
 from opsd_kernels import packed
-from opsd_kernels.tiles import cpp
 
 pytestmark = pytest.mark.skipif(not packed._kernels(), reason="a processor with AVX2")
 
@@ -25,13 +25,10 @@ def torch_alone(monkeypatch):
     return calls
 
 
-@pytest.fixture(params=["avx512", "avx2"])
+@pytest.fixture(params=instruction_sets("avx512", "avx2"))
 def instructions(request):
-    before, choose = cpp.instruction_set(), cpp._library().opsd_use_instruction_set
-    if not choose(request.param.encode()):
-        pytest.skip(f"a processor with {request.param}")
-    yield
-    choose(before.encode())
+    with using(request.param):
+        yield
 
 
 @pytest.mark.parametrize("bias", [True, False])
