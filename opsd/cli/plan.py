@@ -32,8 +32,9 @@ class Plan:
         self.memory: Memory = self.planner.memory(self.config)
         groups = sample_groups(self.config, lengths)
         self.tokens: Tokens = count_tokens(self.config, groups, lengths)
-        largest = stream_tokens(self.planner.micro_batch(self.config))
-        self.micro_batch_tokens: int = largest.student
+        largest = self.planner.micro_batch(self.config)
+        self.micro_batch_tokens: int = stream_tokens(largest).student
+        self.loss, _ = self.planner.loss_plan(self.config)
 
     def show(self, display: Display) -> None:
         """Shows memory and tokens as two tables."""
@@ -43,19 +44,21 @@ class Plan:
         rows.append(("peak", size(memory.peak), "always, and a step or sampling"))
         title = "Memory on each" if self.planner.processes > 1 else "Memory"
         display.table(title, ["part", "size", "when"], rows)
-        here = installed()[0]
-        if self.planner.device_memory is None and memory.peak > here:
+        if self.planner.device_memory is None and memory.peak > (here := installed()[0]):
             display.note(f"This machine has {size(here)}: `opsd plan … --memory SIZE` makes it fit")
-        ratio = tokens.alone / tokens.shared
+        ratio, loss = tokens.alone / tokens.shared, self.loss
+        tile = "" if loss.one_pass else f", {loss.columns:,} entries at a time"
         counts = {
             "generated": tokens.generated,
             "trained on": tokens.trained,
             "run, each rollout with a context of its own": tokens.alone,
             f"run, contexts shared ({ratio:.2f} times fewer)": tokens.shared,
             "largest micro-batch, the student's": self.micro_batch_tokens,
+            f"the loss: a block of logits{tile}": loss.rows,
         }
-        tokens_of = [(name, number(count)) for name, count in counts.items()]
-        display.table("Tokens a step", ["", "tokens"], tokens_of)
+        if self.config.model.lora is None:
+            counts["the loss: a product for the head's gradient"] = loss.group
+        display.table("Tokens a step", ["", "tokens"], [(n, number(c)) for n, c in counts.items()])
 
 
 def plan_command(asked: argparse.Namespace, config: Config, display: Display) -> None:
@@ -108,9 +111,8 @@ def _show(
         f"{lengths.rollout}"
     )
     if reason is not None:
-        display.note(
-            f"{reason}: planned with each rollout's own prefix; a run may share by its cache"
-        )
+        alone = "planned with each rollout's own prefix; a run may share by its cache"
+        display.note(f"{reason}: {alone}")
     plan.show(display)
     if work is not None:
         steps, training = config.train.steps, f"{work.student_flops + work.teacher_flops:.2e}"
@@ -147,6 +149,7 @@ def _record(asked: argparse.Namespace, plan: Plan, work, room, found) -> dict:
         "memory": {**asdict(plan.memory), "peak": plan.memory.peak},
         "tokens": asdict(plan.tokens),
         "micro_batch_tokens": plan.micro_batch_tokens,
+        "loss": asdict(plan.loss),
     }
     if work is not None:
         facts = {"gpu": asked.gpu.name, "gpus": asked.gpus, **asdict(work)}

@@ -122,14 +122,8 @@ def load_benchmark(
         section="benchmark",
     )
     kept = _gradable(rows, entry, where)
-    return Benchmark(
-        key,
-        where,
-        kept[:limit],
-        entry.convention,
-        options.get("revision"),
-        len(rows) - len(kept),
-    )
+    version, skipped = options.get("revision"), len(rows) - len(kept)
+    return Benchmark(key, where, kept[:limit], entry.convention, version, skipped)
 
 
 def _gradable(rows: list[Row], entry: _Known, where: str) -> list[Row]:

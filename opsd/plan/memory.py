@@ -30,6 +30,7 @@ from opsd.plan.workload import Lengths, micro_batches, sample_groups
 from opsd.rollout import SAMPLERS
 from opsd.rollout.decoding import packs
 from opsd.training.step import OPSDStep
+from opsd_kernels.plan import Plan
 from opsd_kernels.resolve import load, resolve
 from opsd_kernels.sweep import Head, plan_call
 
@@ -172,7 +173,8 @@ class Planner:
 
     def _step(self, config: Config, dtype: torch.dtype, sizes: Sizes) -> dict[str, int]:
         batch, autocast = self.micro_batch(config), dtype == torch.bfloat16
-        kernel = self._kernel(config, sum(sample.tokens for sample in samples_of(batch)), dtype)
+        plan, summed = self.loss_plan(config)
+        kernel = plan.bytes + summed
 
         def make_step(short: PreTrainedConfig):
             model = _student(short, config.model, bool(config.train.gradient_checkpointing), dtype)
@@ -193,11 +195,13 @@ class Planner:
             total -= dtype.itemsize * sizes.train
         return parts | {"logits (kernel)": kernel, "activations": max(total - kernel, 0)}
 
-    def _kernel(self, config: Config, tokens: int, dtype: torch.dtype) -> int:
-        """The fused loss's scratch memory in bytes, by the kernel's own plan: tiles of logits, and
-        dW if it is summed over blocks in fp32."""
+    def loss_plan(self, config: Config) -> tuple[Plan, int]:
+        """The kernel's own plan of the largest micro-batch's loss, and the bytes of dW beside it if
+        it is summed over groups in fp32."""
         text, gpu = self.student.get_text_config(), self.device_memory is not None
         vocabulary, width = text.vocab_size, text.hidden_size
+        dtype = compute_dtype(config.train.precision, "cuda" if gpu else "cpu")
+        tokens = sum(sample.tokens for sample in samples_of(self.micro_batch(config)))
         device = torch.device("meta" if gpu else "cpu")
         roles = 2 if config.method in DIVERGENCE_METHODS or config.loss.distil else 1
         trains_head = config.model.lora is None
@@ -218,7 +222,7 @@ class Planner:
             trains_head=trains_head,
         )
         summed = trains_head and plan.groups > 1 and dtype != torch.float32
-        return plan.bytes + (4 * vocabulary * width if summed else 0)
+        return plan, 4 * vocabulary * width if summed else 0
 
     def _sampling(self, config: Config, dtype: torch.dtype) -> dict[str, int]:
         rollout, test = config.rollout, config.eval
@@ -229,8 +233,7 @@ class Planner:
             return {"vLLM": int(rollout.gpu_memory * self.device_memory)}
         found = {}
         if config.method != "sft" and rollout.source == "student":
-            asked = config.train.problems_per_step * rollout.group_size
-            size = min(rollout.batch_size, asked)
+            size = min(rollout.batch_size, config.train.problems_per_step * rollout.group_size)
             found["rollouts"] = self._generation(config, size, dtype, self.lengths.rollout)
         if test.problems:
             longest = test.max_new_tokens or self.lengths.rollout

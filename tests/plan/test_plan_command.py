@@ -1,6 +1,7 @@
 """`opsd plan`: sizes that are published, tokens counted by hand, memory against measured peaks."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -78,6 +79,33 @@ def test_tokens_of_a_step():
     config = config_of(method="grpo", rollout=rollout, train={"problems_per_step": 3})
     grpo = count_tokens(config, sample_groups(config, lengths), lengths)
     assert grpo.shared == 3 * (10 + 4 * 19) and grpo.teacher == 0
+
+
+def test_a_plan_shows_the_blocks_of_the_loss(capsys):
+    """In 16 bits two levels: fp32 logits of 256 tokens, and one product with the gradients of as
+    many as the budget holds; in little memory, tiles of the vocabulary."""
+    width, vocabulary, tokens = 4096, 151_936, 3 * 1024
+    model = ("Qwen/Qwen3-8B", "--gpu", "h200")
+
+    def loss(budget: int) -> dict:
+        return planned(*model, f"loss.memory_budget={budget}", capsys=capsys)["loss"]
+
+    default = planned(*model, capsys=capsys)["loss"]
+    assert (default["rows"], default["group"], default["groups"]) == (256, tokens, 1)
+    small, tiles = loss(1_000_000_000), loss(64_000_000)
+    most = (1_000_000_000 - 256 * 2 * 4 * vocabulary) // (2 * vocabulary + 4 * width)
+    assert small["rows"] <= 256 and small["groups"] == -(-tokens // most) > 1
+    assert small["group"] == -(-tokens // small["groups"])
+    assert not tiles["one_pass"] and tiles["columns"] < vocabulary
+
+    def shown(*arguments: str) -> str:
+        assert main(["plan", *model, *arguments]) == 0
+        return capsys.readouterr().out
+
+    assert re.search(r"the loss: a block of logits +256\n.*head's gradient +3,072\n", shown())
+    columns = f"the loss: a block of logits, {tiles['columns']:,} entries at a time"
+    assert columns in shown("loss.memory_budget=64000000")
+    assert "head's gradient" not in shown("model.lora={}")
 
 
 def test_a_mixture_is_planned_by_its_members():
