@@ -82,6 +82,24 @@ def instructions(vocabulary: int) -> dict[str, float]:
     }
 
 
+def triton_instructions() -> dict[str, float]:
+    """The same of Triton's kernels, under the names of CUDA's that do the same."""
+    found = {}
+    for kernel in json.loads(CODE.read_text())["triton"]:
+        if kernel["target"] != "sm_90" or kernel.get("SOFTCAP") or kernel.get("CLIP"):
+            continue
+        cost, kind = kernel["shortest_way"] / ITEMS, kernel.get("KIND")
+        if kernel["name"] == "normalisers":
+            found[NORMALISERS] = cost / 2  # a role's
+        elif kernel["name"] == "sums":
+            found[SUMS.format(kind)] = cost
+        elif kernel["name"] == "gradient" and kernel["SUMS_KNOWN"]:
+            found[GRADIENT.format(kind)] = cost
+        elif kernel["name"] == "gradient" and kind == 0:
+            found[AT_ONCE] = cost
+    return found
+
+
 def blocks_of(vocabulary: int) -> int:
     """The blocks of a row's cluster."""
     blocks = 1
@@ -91,8 +109,9 @@ def blocks_of(vocabulary: int) -> int:
 
 
 # What is done with a block's logits: everything in one visit; a kernel for each of normalisers,
-# sums and gradient; or that with gradients in fp32 over the logits, rounded by another pass.
-ONE_VISIT, PASSES, EARLIER = "one visit", "passes", "earlier"
+# sums and gradient, CUDA's or Triton's; or CUDA's with gradients in fp32 over the logits, rounded
+# by another pass.
+ONE_VISIT, PASSES, TRITON, EARLIER = "one visit", "passes", "triton", "earlier"
 
 # --- Times, in seconds ---
 
@@ -223,7 +242,8 @@ def ratios(gpus: tuple[Gpu, ...], calls: list[Planned]) -> list[str]:
     """Lines of a table: each call's time as a multiple of the bare products in one block."""
     lines = []
     for name, call, budget, way in calls:
-        how, cost = planned(call, budget, way != EARLIER), instructions(call.vocabulary)
+        how = planned(call, budget, way != EARLIER)
+        cost = triton_instructions() if way == TRITON else instructions(call.vocabulary)
         cells = [f"{fused(g, call, how, cost, way) / bare(g, call):.2f}" for g in gpus]
         lines.append(f"| {name} | {how.rows} | {how.group} | {' | '.join(cells)} |")
     return lines
@@ -232,6 +252,7 @@ def ratios(gpus: tuple[Gpu, ...], calls: list[Planned]) -> list[str]:
 def tables(gpus: tuple[Gpu, ...] = GPUS) -> str:
     one = Call()
     names, cost = " | ".join(g.name for g in gpus), instructions(one.vocabulary)
+    triton = triton_instructions()
     head = f"| | n | m | {names} |\n| --- | --- | --- |{' --- |' * len(gpus)}"
     calls: list[Planned] = []
     for kind in KINDS:
@@ -241,6 +262,7 @@ def tables(gpus: tuple[Gpu, ...] = GPUS) -> str:
             calls.append((title, call, None, ONE_VISIT))
     few: list[Planned] = [(f"{k}, N = 1024", Call(1024, kind=k), None, ONE_VISIT) for k in KINDS]
     few += [(f"{k}, trained, by passes", Call(kind=k), None, PASSES) for k in KINDS]
+    few += [(f"{k}, trained, by Triton", Call(kind=k), None, TRITON) for k in KINDS]
     many: list[Planned] = [("earlier: fp32 gradients, a level", one, GPU_BUDGET, EARLIER)]
     many += [(f"{b} MiB", one, b * 2**20, ONE_VISIT) for b in (64, 256, 512, 1024, 2048, 4096)]
     many += [("default", one, None, ONE_VISIT)]
@@ -251,6 +273,10 @@ def tables(gpus: tuple[Gpu, ...] = GPUS) -> str:
         *((f"gradient, {k}", 10, cost[GRADIENT.format(i)]) for k, i in KINDS.items()),
         ("gradient and sums at once, forward_kl", 10, cost[AT_ONCE]),
         *((f"all in one visit, {k}", 10, cost[ROWS.format(i)]) for k, i in KINDS.items()),
+        ("Triton: normalisers, both roles", 8, 2 * triton[NORMALISERS]),
+        *((f"Triton: sums, {k}", 8, triton[SUMS.format(i)]) for k, i in KINDS.items()),
+        *((f"Triton: gradient, {k}", 10, triton[GRADIENT.format(i)]) for k, i in KINDS.items()),
+        ("Triton: gradient and sums at once, forward_kl", 10, triton[AT_ONCE]),
     ]
     e = one.tokens * one.vocabulary
     each = [

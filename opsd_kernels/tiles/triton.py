@@ -66,14 +66,13 @@ class _Launch:
         self.n, self.v = self.tile.shape
         self.block = chunk_size(self.v)
         self.chunks = -(-self.v // self.block)
-        self.transform: tuple[float, ...] = _inner_outer(transform)
+        self.transform: tuple[float | None, ...] = _inner_outer(transform)
         self.softcap = {"SOFTCAP": transform.softcap is not None}
         if teacher is not None:
             self.transform += _inner_outer(teacher)
             self.softcap["TEACHER_SOFTCAP"] = teacher.softcap is not None
         # Factors that convert the gradient by the logit to that by the product.
-        inverse = 1.0 / self.transform[1]
-        self.slope = (inverse, transform.scale / transform.temperature)
+        self.slope = (1.0 / _outer(transform), transform.scale / transform.temperature)
 
     def partials(self, count: int) -> Tensor:
         return self.tile.new_empty((count, self.n, self.chunks))
@@ -97,10 +96,15 @@ class _Launch:
             kernel[grid](*arguments, **constants, num_warps=num_warps, enable_fp_fusion=False)
 
 
-def _inner_outer(transform: LogitTransform) -> tuple[float, float]:
-    """logit = outer tanh(inner (product + bias)), or inner (product + bias) and outer 1."""
-    cap = transform.temperature if transform.softcap is None else transform.softcap
-    return transform.scale / cap, cap / transform.temperature
+def _inner_outer(transform: LogitTransform) -> tuple[float | None, float]:
+    """logit = outer tanh(inner (product + bias)), or inner (product + bias); inner None is 1."""
+    outer = _outer(transform)
+    inner = transform.scale / transform.temperature / outer
+    return None if inner == 1.0 else inner, outer
+
+
+def _outer(transform: LogitTransform) -> float:
+    return 1.0 if transform.softcap is None else transform.softcap / transform.temperature
 
 
 def normalisers(student: Logits, teacher: Logits, rule: Rule, state: Tensor) -> None:
@@ -124,7 +128,7 @@ def sums(student: Logits, teacher: Logits, rule: Rule, state: Tensor) -> None:
         *(*_tensors(student, teacher), state, state.stride(0)),
         *(partials, partials.stride(0), launch.v, launch.chunks),
         *(*_strides(student, teacher), *launch.transform, *_numbers(rule)),
-        KIND=DIVERGENCES.index(rule.divergence.name),
+        KIND=_kind(rule),
         CLIP=clips,
         **launch.softcap,
     )
@@ -151,7 +155,7 @@ def gradient_(
         *(state, state.stride(0), _contiguous(row_weight)),
         *(partials, partials.stride(0), launch.v, launch.chunks),
         *(*_strides(student, teacher), *launch.transform, *launch.slope, *_numbers(rule)),
-        KIND=DIVERGENCES.index(rule.divergence.name),
+        KIND=_kind(rule),
         CLIP=clips,
         SUMS_KNOWN=sums_known,
         **launch.softcap,
@@ -230,6 +234,12 @@ def _tensors(student: Logits, teacher: Logits) -> tuple[Tensor | None, ...]:
 
 def _strides(student: Logits, teacher: Logits) -> tuple[int, int]:
     return student.product.stride(0), teacher.product.stride(0)
+
+
+def _kind(rule: Rule) -> int:
+    """The divergence's number, or EVEN_JSD's."""
+    name, beta = rule.divergence.name, rule.divergence.beta
+    return len(DIVERGENCES) if name == "jsd" and beta == 0.5 else DIVERGENCES.index(name)
 
 
 def _numbers(rule: Rule) -> tuple[float, float]:

@@ -19,12 +19,19 @@ from opsd_kernels.tiles import state as states
 
 FORWARD_KL = tl.constexpr(DIVERGENCES.index("forward_kl"))
 REVERSE_KL = tl.constexpr(DIVERGENCES.index("reverse_kl"))
+EVEN_JSD = tl.constexpr(len(DIVERGENCES))  # of beta 1/2
 # Rows of the state that kernels read; a normaliser has MAX, REST and MOMENT, in this order.
 TEACHER = tl.constexpr(states.TEACHER.start)
 UNNORMALISED = tl.constexpr(states.UNNORMALISED)
 CLIPPED_UNNORMALISED = tl.constexpr(states.CLIPPED_UNNORMALISED)
 TARGET_WEIGHT = tl.constexpr(states.TARGET_WEIGHT)
 NEAR = tl.constexpr(0.12)  # as in csrc/divergence.h
+
+
+@triton.jit
+def exp(x):
+    """exp(x) in two instructions, 0 where it is subnormal; `tl.exp` takes three more for these."""
+    return tl.exp2(x * 1.44269504)
 
 
 @triton.jit
@@ -72,9 +79,35 @@ def _log_of(u, y):
 
 @triton.jit
 def log1p(y):
-    """log(1 + y), accurate near 0, where the hardware's is off by 2e-7."""
+    """log(1 + y) for y >= -1, accurate near 0, where the hardware's is off by 2e-7."""
     u = 1.0 + y
-    return tl.where((u > 0.0) & (u < float("inf")), _log_of(u, y), tl.log(u))
+    edge = tl.where(u == 0.0, float("-inf"), u)  # the bits of 0, infinity and NaN have no logarithm
+    return tl.where((u > 0.0) & (u < float("inf")), _log_of(u, y), edge)
+
+
+@triton.jit
+def _even(size):
+    """csrc/divergence.h: (d/2) tanh(d/2) - log cosh(d/2) and log((1 + exp(-|d|)) / 2)."""
+    square = size * size
+    p = tl.fma(square, -1.66488009e-4, 1.73059838e-3)
+    p = tl.fma(p, square, -1.56244509e-2)
+    near = square * tl.fma(p, square, 1.24999991e-1)
+    e = exp(-size)
+    # log x = 2 artanh(s) with s = (x - 1) / (x + 1), here (e - 1) / (e + 3). A division takes more
+    # instructions than a reciprocal root and one of Newton's steps.
+    both = (1.0 + e) * (3.0 + e)
+    root = tl.rsqrt(both)
+    inverse = root * root
+    inverse *= tl.fma(-both, inverse, 2.0)
+    s = (e - 1.0) * ((1.0 + e) * inverse)
+    z = s * s
+    p = tl.fma(z, 2.81614538e-1, 2.79643447e-1)
+    p = tl.fma(p, z, 4.00246513e-1)
+    p = tl.fma(p, z, 6.66663204e-1)
+    log_mean = s * tl.fma(p, z, 2.0)
+    total = -size * (e * ((3.0 + e) * inverse))
+    is_near = square < 0.5
+    return tl.where(is_near, near, total - log_mean), tl.where(is_near, total - near, log_mean)
 
 
 @triton.jit
@@ -91,11 +124,14 @@ def _product(p, log_ratio):
 
 @triton.jit
 def _logits(tile, bias, offset, entries, mask, inner, outer, SOFTCAP: tl.constexpr):
-    """Load the products at `tile` + `offset` and transform them to logits; -inf where masked."""
+    """Load the products at `tile` + `offset` and transform them to logits; -inf where masked.
+    inner: None for 1.
+    """
     z = tl.load(tile + offset, mask=mask, other=0.0)
     if bias is not None:
         z += tl.load(bias + entries, mask=mask, other=0.0)
-    z *= inner
+    if inner is not None:
+        z *= inner
     if SOFTCAP:
         z = tanh(z) * outer
     return tl.where(mask, z, float("-inf"))
@@ -116,12 +152,13 @@ def _normaliser(z, partials, place, stride):
     """Store MAX, REST and MOMENT of one chunk."""
     most = tl.max(z, 0)
     below = z - tl.where(most == float("-inf"), 0.0, most)
-    p = tl.exp(below)
+    p = exp(below)
     largest = below == 0.0  # counted separately
     rest = tl.sum(tl.where(largest, 0.0, p), 0)
     tl.store(partials + place, most)
     tl.store(partials + stride + place, (tl.sum(tl.where(largest, 1.0, 0.0), 0) - 1.0) + rest)
-    tl.store(partials + 2 * stride + place, -tl.sum(_product(p, below), 0))
+    # p is 0 below -104: 0 (-inf) would be NaN.
+    tl.store(partials + 2 * stride + place, -tl.sum(p * tl.maximum(below, -110.0), 0))
 
 
 @triton.jit
@@ -147,8 +184,8 @@ def _entries(z, z_t, state, state_stride, row, beta, KIND: tl.constexpr):
     log_sum = log1p(tl.load(state + state_stride + row))
     log_sum_t = log1p(tl.load(teacher + state_stride + row))
     # Subtract the maximum first, exactly, since z may be 1e4.
-    s = tl.exp((z - largest) - log_sum)
-    t = tl.exp((z_t - largest_t) - log_sum_t)
+    s = exp((z - largest) - log_sum)
+    t = exp((z_t - largest_t) - log_sum_t)
     d = (z_t - z) - ((largest_t - largest) + (log_sum_t - log_sum))
     if KIND == FORWARD_KL:
         plain = _product(t, d)
@@ -160,6 +197,14 @@ def _entries(z, z_t, state, state_stride, row, beta, KIND: tl.constexpr):
         term = _bregman(s, t, -d, plain)
         zero_sum = t - s
         unnormalised = plain
+    elif KIND == EVEN_JSD:
+        size = tl.abs(d)
+        size = tl.where(size < 80.0, size, 80.0)  # infinite or NaN where S or T is 0
+        value, log_mean = _even(size)
+        unnormalised = -0.5 * s * (tl.where(d > 0.0, size, 0.0) + log_mean)
+        plain = 0.5 * (s + t) * value
+        term = plain
+        zero_sum = s - s
     else:
         # log S - log M = -log(1 + b (e^d - 1)), exactly 0 where S = T. For d > 0 the roles swap, so
         # that the exponential never overflows.
@@ -261,7 +306,7 @@ def _referred(most, rest, moment, new):
     moment). If nothing or only -inf was seen, all are 0, as the difference of the maxima is NaN.
     """
     shift, total, nothing = new - most, 1.0 + rest, rest == -1.0
-    factor, same = tl.exp(-shift), most == new
+    factor, same = exp(-shift), most == new
     moment = tl.where(same, moment, (moment + total * shift) * factor)
     rest = tl.where(same, rest, total * factor)
     largest = tl.where(same & ~nothing, 1.0, 0.0)
@@ -443,7 +488,7 @@ def log_prob_gradient(
     row, _, entries = _place(chunks, BLOCK)
     mask, offset = entries < v, row * stride + entries
     z = _logits(logits, bias, offset, entries, mask, inner, outer, SOFTCAP)
-    p = tl.exp(_log_p(z, state, row, state_stride))
+    p = exp(_log_p(z, state, row, state_stride))
     g = tl.where(entries == tl.load(targets + row), 1.0, 0.0) - p
     scale = tl.load(row_weight + row) * factor * _through(z, inverse, SOFTCAP)
     tl.store(out + row * out_stride + entries, g * scale, mask=mask)

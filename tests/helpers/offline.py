@@ -47,17 +47,17 @@ ROWWISE = {"merge": 128, "add": 128}  # chunks in a row with V = 262144
 
 def variants(most_used: bool):
     """Yield (the kernel's name, its constants, its absent arguments, warps)."""
-    no_bias = ("bias", "teacher_bias")
+    plain = ("bias", "teacher_bias", "inner", "teacher_inner")
     for name, block in ROWWISE.items():
         yield name, {"BLOCK": block}, (), 1
     yield "scale", {"BLOCK": tiles.SCALED}, (), tiles.SCALING_WARPS
-    for softcap, absent in ((False, no_bias),) if most_used else ((False, no_bias), (True, ())):
+    for softcap, absent in ((False, plain),) if most_used else ((False, plain), (True, ())):
         common = {"SOFTCAP": softcap, "BLOCK": tiles.CHUNK}
         both = common | {"TEACHER_SOFTCAP": softcap}
         yield "normalisers", both, absent, tiles.WARPS
         yield "target", common | {"BLOCK": 128}, absent, 4
         yield "log_prob_gradient", common, absent, tiles.WARPS
-        for kind, clip in itertools.product(range(len(DIVERGENCES)), (False, True)):
+        for kind, clip in itertools.product(range(len(DIVERGENCES) + 1), (False, True)):
             chosen = both | {"KIND": kind, "CLIP": clip}
             yield "sums", chosen, absent, tiles.WARPS
             for known in (True,) if clip else (True, False):
@@ -89,7 +89,7 @@ def compile_kernel(capability: int, name: str, constants: dict, absent: tuple, w
         (code,) = instructions(file.name)
     usage |= {"name": name, "target": f"sm_{capability}", **constants}
     usage |= {"shared_bytes": kernel.metadata.shared}
-    return usage | {kind: code[kind] for kind in ("loads_128", "loads_32")}
+    return usage | {kind: code[kind] for kind in ("loads_128", "loads_32", "shortest_way")}
 
 
 def resource_usage(binary: str) -> list[dict]:

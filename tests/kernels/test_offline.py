@@ -32,6 +32,23 @@ MOST_INSTRUCTIONS = {
     "gradientILi3ELNS0_5KnownE0": 54,
     "gradientILi0ELNS0_5KnownE2": 47,
 }
+# Triton's, without the entry clip; "normalisers" of both roles.
+MOST_OF_TRITON = {
+    ("normalisers", None, None): 44,
+    ("log_prob_gradient", None, None): 21,
+    ("sums", 0, None): 44,
+    ("sums", 1, None): 44,
+    ("sums", 2, None): 123,
+    ("sums", 3, None): 71,
+    ("gradient", 0, True): 29,
+    ("gradient", 1, True): 30,
+    ("gradient", 2, True): 90,
+    ("gradient", 3, True): 62,
+    ("gradient", 0, False): 50,
+    ("gradient", 1, False): 50,
+    ("gradient", 2, False): 130,
+    ("gradient", 3, False): 76,
+}
 MOST_LOOPED = {0: 64, 1: 64, 2: 115, 3: 79}  # of `rows` without the entry clip, by kind
 MOST_BRANCHES = 40
 PUBLISHED = Path(__file__).parents[2] / "docs" / "kernels-gpu.json"
@@ -65,6 +82,17 @@ def test_triton_compiles_without_spills(report):
         assert kernel["spilled_bytes"] == kernel["stack_bytes"] == 0, kernel
         # Three programs of 128 threads on each quarter of an SM's 65536 registers, at the least.
         assert 0 < kernel["registers"] <= 168 and kernel["shared_bytes"] <= 4096, kernel
+
+
+def test_triton_issues_few_instructions(report):
+    found = {
+        (k["name"], k.get("KIND"), k.get("SUMS_KNOWN")): k["shortest_way"] / 16
+        for k in report["triton"]
+        if k["target"] == "sm_90" and not k.get("CLIP")
+    }
+    assert found.keys() >= MOST_OF_TRITON.keys()
+    over = {name: found[name] for name, most in MOST_OF_TRITON.items() if found[name] > most}
+    assert not over, over
 
 
 def test_triton_loads_16_bytes_at_a_time(report):
@@ -128,14 +156,27 @@ def test_cuda_computes_a_row_at_once(report):
 
 def test_the_published_counts_are_the_sources(report):
     """docs/gpu-cost.md models with them; where not: python tests/helpers/offline.py > the file."""
+    published = json.loads(PUBLISHED.read_text())
+    if published["triton_version"] == report["triton_version"]:
+        before, now = map(_ways, (published["triton"], report["triton"]))
+        assert not {
+            k: (before[k], way) for k, way in now.items() if abs(before[k] / way - 1) > 0.02
+        }
     if not cuda.LIBRARY.exists():
         return
-    published = json.loads(PUBLISHED.read_text())["cuda_code"]
+    published = published["cuda_code"]
     ways = {(k["name"], k["target"]): k["shortest_way"] for k in published}
     found = {(k["name"], k["target"]): k["shortest_way"] for k in report["cuda_code"]}
     assert set(ways) == set(found)
     wrong = {key: (ways[key], way) for key, way in found.items() if abs(ways[key] / way - 1) > 0.02}
     assert not wrong
+
+
+def _ways(kernels: list[dict]) -> dict[str, int]:
+    """Each of Triton's variants' instructions."""
+    measures = ("registers", "shared_bytes", "loads_128", "loads_32", "shortest_way")
+    names = [str({k: x for k, x in kernel.items() if k not in measures}) for kernel in kernels]
+    return dict(zip(names, (kernel["shortest_way"] for kernel in kernels), strict=True))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() > 0, reason="has a CUDA device")
