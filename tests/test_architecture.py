@@ -20,7 +20,7 @@ LONGEST_FUNCTION = 80  # lines without signature and docstring
 # `opsd plan` says what a call of the kernels will take: by the plan that the call itself makes. Our
 # sampler decodes with the kernels' attention and products.
 INTERNAL = {
-    "opsd.plan.memory": {"opsd_kernels.resolve", "opsd_kernels.sweep"},
+    "opsd.plan.memory": {"opsd_kernels.plan", "opsd_kernels.resolve", "opsd_kernels.sweep"},
     "opsd.rollout.decoding": {"opsd_kernels.attention", "opsd_kernels.packed"},
 }
 

@@ -358,15 +358,9 @@ def sums(
     offset, offset_t = row * student_stride + entries, row * teacher_stride + entries
     z = _logits(student, bias, offset, entries, mask, inner, outer, SOFTCAP)
     z_t = _logits(
-        teacher,
-        teacher_bias,
-        offset_t,
-        entries,
-        mask,
-        teacher_inner,
-        teacher_outer,
-        TEACHER_SOFTCAP,
-    )
+        teacher, teacher_bias, offset_t, entries, mask,
+        teacher_inner, teacher_outer, TEACHER_SOFTCAP,
+    )  # fmt: skip
     s, plain, term, unnormalised, zero_sum = _entries(z, z_t, state, state_stride, row, beta, KIND)
     tl.store(partial, tl.sum(term, 0))
     tl.store(partial + partial_stride, tl.sum(unnormalised, 0))
@@ -419,15 +413,9 @@ def gradient(
     offset, offset_t = row * student_stride + entries, row * teacher_stride + entries
     z = _logits(student, bias, offset, entries, mask, inner, outer, SOFTCAP)
     z_t = _logits(
-        teacher,
-        teacher_bias,
-        offset_t,
-        entries,
-        mask,
-        teacher_inner,
-        teacher_outer,
-        TEACHER_SOFTCAP,
-    )
+        teacher, teacher_bias, offset_t, entries, mask,
+        teacher_inner, teacher_outer, TEACHER_SOFTCAP,
+    )  # fmt: skip
     s, plain, term, unnormalised, _ = _entries(z, z_t, state, state_stride, row, beta, KIND)
     if not SUMS_KNOWN:
         tl.store(partial, tl.sum(term, 0))
