@@ -135,8 +135,10 @@ def _json(file: TextIO, one_value: bool, section: str, name: str) -> Iterator[An
             lists = [value] if isinstance(value, list) else _listed(value)
             found = lists[0] if len(lists) == 1 else transposed(value)
             keys = ", ".join(map(repr, value)) if isinstance(value, dict) else type(value).__name__
-            if len(lists) > 1 and len(lists) == len(value):  # such as train and test
-                mend = f"`jq '.[\"{next(iter(value))}\"]' {quote(file.name)} > rows.json` takes one"
+            parts = lists if len(lists) > 1 and str not in map(type, value.values()) else []
+            if parts:  # such as train and test; or features and rows, from the hub's server
+                longest = next(key for key, part in value.items() if part is max(parts, key=len))
+                mend = f"`jq '.[\"{longest}\"]' {quote(file.name)} > rows.json` takes one"
                 raise UserError(f"{where} holds several lists of rows, {keys}: {mend}")
             if found is None and isinstance(value, dict) and "\n" not in text.strip():
                 found = [value]
@@ -202,7 +204,8 @@ def _table(file: TextIO, delimiter: str, where: str) -> Iterator[dict[str, str]]
     lines = _lines(file, where)
     first = next(lines, "")
     delimiter = _delimiter(first, delimiter)
-    reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
+    spaced, lines = f"{delimiter} " in first, chain([first], lines)
+    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=spaced, strict=True)
     try:
         names = [name.strip() for name in next(reader, [])]
         named = list(filter(None, names))
@@ -212,14 +215,11 @@ def _table(file: TextIO, delimiter: str, where: str) -> Iterator[dict[str, str]]
             raise UserError(f"{bad_names}, each once: it names {twice[0]!r} twice")
         if not named:
             raise UserError(f"{bad_names}: {names}")
-        for values in reader:
-            if not values:
-                continue
+        for values in filter(None, reader):
             if len(values) != len(names):
                 raise UserError(
                     f"{where}: line {reader.line_num} has {len(values)} fields, and the first line "
-                    f"names {len(names)} columns (text with {delimiter!r} or a line's end must be "
-                    "quoted)"
+                    f"names {len(names)} columns (quote text with {delimiter!r} or a line's end)"
                 )
             if any(values[i].strip() for i in unnamed):  # a comma at each line's end is nothing
                 said = f"line {reader.line_num} has text in a column without a name"

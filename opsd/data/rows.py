@@ -9,6 +9,7 @@ import math
 import os
 import random
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -369,9 +370,9 @@ class _Reader:
         absent = [one for one in absent if not chat and not _reach(record, self.theirs[one])[0]]
         meant = {one: self._near(one, present) for one in dict.fromkeys([name, *absent])}
         pairs, near = [f"{ours}={theirs}" for ours, theirs in meant.items() if theirs], meant[name]
-        setting = " ".join(f"{self.section}.columns.{pair}" for pair in pairs)
+        setting = shlex.join(f"{self.section}.columns.{pair}" for pair in pairs)
         if self.section == "benchmark":
-            setting = f"--columns {','.join(pairs)}"
+            setting = f"--columns {shlex.quote(','.join(pairs))}"
         hint = f" (did you mean {near!r}? {setting})" if near else ""
         nor = "".join(f" nor {one!r}" for one in absent if one != name and not meant[one])
         if self.table and name == "problem" and not near:
@@ -380,10 +381,9 @@ class _Reader:
             hint = " (nor does its chat end with an answer to learn)"
         if name == "answer" and self.section == "data" and not near:
             hint = " (rows without answers: eval.problems=0, for grpo also loss.reward.verifier)"
-        named = "" if number == 1 else f"row {number} of "
         return (
-            f"{self.section}.columns.{name}: {named}{self.source!r} has no column "
-            f"{column!r}{nor}{hint}; it has {', '.join(map(repr, present)) or 'none'}"
+            f"{self.section}.columns.{name}: {f'row {number} of ' * (number > 1)}{self.source!r} "
+            f"has no column {column!r}{nor}{hint}; it has {', '.join(map(repr, present)) or 'none'}"
         )
 
     def _near(self, name: str, present: list[str]) -> str | None:

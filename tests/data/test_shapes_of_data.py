@@ -96,9 +96,18 @@ def test_records_of_python_are_a_source():
         load_rows([{**RECORDS[0], "answer": ""}])
 
 
+def test_blanks_after_the_commas_of_a_table_are_left_out(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('problem, solution, answer\n"1, 2?", "a, b", 3\n4?, c,5\n')
+    found = [(row.problem, row.solution, row.answer) for row in load_rows(str(path))]
+    assert found == [("1, 2?", "a, b", "3"), ("4?", "c", "5")]
+
+
 def test_usual_names_are_found_in_any_case():
     with pytest.raises(UserError, match=r"did you mean 'Question'\? data.columns.problem=Question"):
         load_rows([{"Question": "1 + 1?", "Answer": "2"}])
+    with pytest.raises(UserError, match=r"\? 'data.columns.problem= problem' data"):  # to paste
+        load_rows([{" problem": "1 + 1?", "answer": "2"}])
 
 
 @pytest.mark.parametrize(
@@ -109,6 +118,11 @@ def test_usual_names_are_found_in_any_case():
         ("a.csv", "problem,,answer\n1,x,2\n", "line 2 has text in a column without a name"),
         ("a.csv", ",\n1,2\n", r"first line must name the columns: \['', ''\]"),
         ("a.json", '{"a": [{"x": 1}],\n"b": [{"x": 2}]}', "several lists of rows, 'a', 'b': `jq"),
+        (
+            "a.json",
+            '{"features": [{"x": 1}], "rows": [{"row": 2}, {}], "partial": false}',
+            'rows"]',
+        ),
         ("a.jsonl.gz", "no gzip", "cannot be read: Not a gzipped file"),
         ("a.parquet.gz", "no", "not a .jsonl"),
     ],
