@@ -6,6 +6,7 @@ It imports only that module, and most modules import what they need in `run`: `-
 import argparse
 import atexit
 import locale
+import logging
 import os
 import re
 import select
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parse(arguments)
     set_environment()
     os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' GGUF loader draws over our display
+    logging.getLogger("DeepSpeed").addFilter(lambda said: "accelerator to CPU" not in str(said.msg))
     try:
         check_bounds(parsed)
         check_overrides(parsed)
@@ -86,8 +88,7 @@ def command() -> NoReturn:
 def _reader_left() -> bool:
     """Whether nothing reads our output any more, as after `opsd examples | head -1`. Then what is
     still to be written goes nowhere, since Python would complain at its end."""
-    output = select.poll()
-    output.register(sys.stdout, 0)
+    (output := select.poll()).register(sys.stdout, 0)
     if left := bool(output.poll(0)):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return left

@@ -45,6 +45,18 @@ def refused(capsys, *arguments) -> str:
     return lines[0]
 
 
+@pytest.mark.parametrize("command, told", [("main(['examples'])", False), ("", True)])
+def test_deepspeed_does_not_tell_of_a_cpu(command, told):
+    """peft and transformers import it for any model with adapters, where it is installed."""
+    code = f"from opsd.cli.main import main\n{command}\nimport deepspeed.accelerator as found\n"
+    code += "found.get_accelerator()"
+    environment = {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    script = [sys.executable, "-c", code]
+    ended = subprocess.run(script, capture_output=True, text=True, check=True, env=environment)
+    assert ("Setting accelerator to CPU" in ended.stdout + ended.stderr) == told
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with a GPU can")
 @pytest.mark.parametrize(
     ("override", "wanted"),
