@@ -35,11 +35,11 @@ def run(parsed: argparse.Namespace) -> None:
         section = ModelSection(path=parsed.model)
         model, tokenizer = load_model(section, device, dtype=dtype, name="MODEL")
     try:
-        address = parsed.host, parsed.port
-        server = StateServer(address, model, tokenizer, key, parsed.most_tokens)
+        server = StateServer((parsed.host, parsed.port), model, tokenizer, key, parsed.most_tokens)
     except OSError as error:
-        at = f"--host is {parsed.host!r}, --port is {parsed.port}"
-        raise UserError(f"{at}: {error.strerror or error}") from None
+        mend = "name this machine's own address, and a free port above 1023 (0 takes any)"
+        why = f"{error.strerror or error}; {mend}"
+        raise UserError(f"--host is {parsed.host!r}, --port is {parsed.port}: {why}") from None
     with server:
         host = f"[{parsed.host}]" if ":" in parsed.host else parsed.host
         place = f"http://{host}:{server.server_port}"

@@ -277,6 +277,13 @@ def test_other_hosts_need_a_key(files, capsys, monkeypatch):
     assert "--host is '0.0.0.0'" in capsys.readouterr().err
 
 
+def test_a_port_that_is_taken(files, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert main(["serve-teacher", str(files[0]), "--port", port]) == 1
+    assert f"--port is {port}: Address already in use; name" in capsys.readouterr().err
+
+
 def test_the_key_is_asked_for(other, files, monkeypatch):
     server, tokenizer = Serving(other, key="secret"), load_student(files)[1]
     what = 5.0, tokenizer, torch.device("cpu"), torch.float32
