@@ -38,6 +38,9 @@ class ContextCheck:
         self.found: dict[str, list[int]] = {}  # control token → numbers of rows that contain it
         self.by_number: list[int] = []  # rows whose answer may be a choice's number
         self.named = {name: names(template) for name, template in prompts.templates.items()}
+        # A further context may be the solution alone, as Purified OPSD's (arXiv 2607.02234).
+        further = {name: self.named[name] for name in prompts.section.contexts}
+        self.without = {name for name, used in further.items() if used and "problem" not in used}
 
     def __call__(self, number: int, row: Row) -> None:
         """Check the `number`-th row, from 1."""
@@ -46,13 +49,12 @@ class ContextCheck:
         roles = [role for role in self.roles if not self.prompts.holds(row, role)]
         messages = {role: self.prompts.render(row, role) for role in roles}
         for role, message in messages.items():
-            if not _stands(row.problem, message) and not self._arrives(row, role, problem=True):
+            if role not in self.without and not self._arrives(row, role, message, "problem"):
                 self._refuse(role, number, row, "problem")
         if (
             "solution" in self.named["teacher"] - self.named["student"]
             and "teacher" in messages
-            and not _stands(row.solution, messages["teacher"])
-            and not self._arrives(row, "teacher", problem=False)
+            and not self._arrives(row, "teacher", messages["teacher"], "solution")
         ):
             self._refuse("teacher", number, row, "solution")
         if "student" in messages:
@@ -115,11 +117,15 @@ class ContextCheck:
                 f"{{{{ {name} }}}}, or a loop over it"
             )
 
-    def _arrives(self, row: Row, role: str, problem: bool) -> bool:
+    def _arrives(self, row: Row, role: str, message: str, what: str) -> bool:
         """Whether any word of the problem, or else of the other texts, appears in the message."""
+        text = getattr(row, what).strip()
+        if len(text) >= SHORT and text in message:
+            return True
 
         def chosen(text: str) -> bool:
-            return text.strip() != "" and (text.strip() == row.problem.strip()) == problem
+            other = text.strip() != row.problem.strip()
+            return text.strip() != "" and other == (what == "solution")
 
         marked = {name: _marked(getattr(row, name), chosen) for name in (*row.texts, "columns")}
         try:
@@ -132,7 +138,7 @@ class ContextCheck:
         said = f"; {single} in single braces is plain text" if single else ""
         name = single.strip("{} ") if single else what
         raise UserError(
-            f"{self.prompts.field(role)} leaves the {what} out of the {role}'s context in row "
+            f"{self.prompts.field(role)} leaves the {what} out of its context in row "
             f"{number} ({row.problem[:40]!r}){said}: write {{{{ {name} }}}}"
         )
 
@@ -149,11 +155,6 @@ def given_choices(columns: Mapping[str, Any]) -> tuple[str, list[str]]:
         if isinstance(value, list) and len(value) > 1 and all(isinstance(v, str) for v in value):
             return name, value
     return "", []
-
-
-def _stands(text: str, message: str) -> bool:
-    text = text.strip()
-    return len(text) >= SHORT and text in message
 
 
 def _marked(value: Any, chosen: Callable[[str], bool]) -> Any:

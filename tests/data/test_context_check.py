@@ -1,5 +1,7 @@
 """What a row says reaches the contexts, or the run is refused before its first step."""
 
+from contextlib import nullcontext
+
 import pytest
 from helpers.chat_templates import CHATML, FAMILIES, IM, PARTS, Family, turns
 from helpers.chat_tokenizers import make_tokenizer
@@ -142,14 +144,18 @@ def test_what_does_not_arrive_is_refused_in_one_line(name):
     assert "\n" not in str(raised.value)
 
 
-def check_policy(policy, teacher):
+def check_policy(policy, teacher, contexts=None):
     """As `check`, with a section `teacher` beside the template of that name."""
     tokenizer = make_tokenizer(FAMILIES[0])
     config = parse_config(
         {
             "model": {"path": "none"},
             "data": {"source": "none"},
-            "prompts": {"student": "{{ problem }}", "teacher": teacher},
+            "prompts": {
+                "student": "{{ problem }}",
+                "teacher": teacher,
+                "contexts": contexts or {},
+            },
             "teacher": policy,
             "train": {"problems_per_step": 1},
             "eval": {"problems": 0},
@@ -218,6 +224,23 @@ def test_what_arrives_changed_is_let_pass(name):
 def test_another_models_contexts_may_be_equal():
     policy = {"policy": "model", "path": "other"}
     assert len(check_policy(policy, "{{ problem }}")[0]) == len(RECORDS)
+
+
+@pytest.mark.parametrize(
+    ("template", "refused"),
+    [
+        ("{{ solution }}", None),  # Purified OPSD's
+        ("{{ hint }}", None),
+        ("{{ problem }} {{ hint }}", None),
+        ("{solution}", r"contexts.card leaves the problem out of its context in row 1 .*{{ sol"),
+        ("Be brief.", "write {{ problem }}"),
+        ("{% if level < 3 %}{{ problem }}{% else %}{{ hint }}{% endif %}", "row 2 "),
+    ],
+)
+def test_a_mixtures_context_may_leave_the_problem_out(template, refused):
+    mix = [{}, {"context": "student"}, {"context": "card", "coefficient": -1}]
+    with pytest.raises(UserError, match=refused) if refused else nullcontext():
+        assert check_policy({"mix": mix}, BOTH, {"card": template})
 
 
 @pytest.mark.parametrize("columns", [{"problem": "question"}, {"problem": "chat.0.content"}])
