@@ -65,8 +65,7 @@ class ContextCheck:
             ):
                 self.found.setdefault(token, []).append(number)
         alike = messages.get("student") == messages.get("teacher")
-        differ = self.differ and "teacher" in roles
-        if differ and (number == 1 or (alike and not self.apart)):
+        if self.differ and "teacher" in roles and (number == 1 or (alike and not self.apart)):
             context = self.prompts.context(row)
             if context.student == context.teacher:
                 raise UserError(
